@@ -1,0 +1,299 @@
+"""The configuration of a run: frozen dataclasses, one per part, and typed overrides.
+
+An experiment is a Python file with `get_config()`; a fork is `dataclasses.replace` or `--set algo.eps_elc=0.0`. A key that
+does not exist, and a value of the wrong type, are errors that say what would have been right.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import pathlib
+import types
+import typing
+from typing import Any, Literal
+
+from elpo_jax.model.config import ModelConfig
+from elpo_jax.policy.recipes import Recipe, elpo, grpo
+from elpo_jax.rollout.sampler import SamplerConfig
+from elpo_jax.train.mesh import MeshConfig
+from elpo_jax.train.step import OptimizerConfig
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the key and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TasksConfig:
+    """Which tasks are generated.
+
+    Attributes:
+      families: Names of families ("wordmath", "ledger"); prompts alternate between them.
+      difficulties: Steps that a flawless attempt needs, 2 to 10; drawn uniformly.
+      slack: Tool calls an attempt may make beyond its difficulty.
+      noise: Probability that a ledger tool fails for no reason (the stochastic setting).
+      chat_tools: How the prompt lists the tools: their names, or their full JSON schemas.
+    """
+
+    families: tuple[str, ...] = ("wordmath", "ledger")
+    difficulties: tuple[int, ...] = (2, 3, 4)
+    slack: int = 2
+    noise: float = 0.0
+    chat_tools: Literal["names", "schema"] = "names"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """`kind` "sentencepiece" trains a model of `vocab_size` pieces on `texts` demonstrations per family; "byte" needs none."""
+
+    kind: Literal["sentencepiece", "byte"] = "sentencepiece"
+    vocab_size: int = 512
+    texts: int = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Cold start on demonstrations.
+
+    Attributes:
+      demonstrations: Transcripts per family.
+      mistake_rate: Share of turns at which the demonstrator slips and then repairs.
+      steps: Optimizer steps.
+      rows: Packed rows of `rollout.context` tokens per optimizer step.
+      micro_rows: Rows per forward pass.
+      save_every: Steps between checkpoints.
+      optimizer: AdamW.
+    """
+
+    demonstrations: int = 6000
+    mistake_rate: float = 0.1
+    steps: int = 300
+    rows: int = 32
+    micro_rows: int = 32
+    save_every: int = 200
+    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-3, warmup_steps=20, schedule="cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How attempts are sampled, in training.
+
+    Attributes:
+      temperature: Divides the logits in the sampler and in the trainer.
+      max_turn_tokens: Longest turn; a longer one is cut and the attempt fails.
+      interpreter_workers: Processes that run model-written programs.
+      interpreter_seconds: CPU seconds per program.
+      interpreter_memory_mb: Memory per program.
+    """
+
+    temperature: float = 1.0
+    max_turn_tokens: int = 64
+    interpreter_workers: int = 2
+    interpreter_seconds: float = 2.0
+    interpreter_memory_mb: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class RlConfig:
+    """The policy-gradient loop.
+
+    Attributes:
+      steps: Collected batches.
+      prompts: Tasks per batch; each grows one tree of `algo.search.budget` attempts.
+      updates: Optimizer steps per batch; each takes `prompts / updates` trees.
+      micro_rows: Packed rows per forward pass.
+      eval_every: Batches between validations (0: never); a validation plays `eval_tasks` tasks per family `eval_k` times.
+      eval_tasks: See above.
+      eval_k: See above.
+      dump_every: Batches between dumps of all trees to rollouts/ (0: never).
+      save_every: Batches between checkpoints.
+      optimizer: AdamW.
+    """
+
+    steps: int = 40
+    prompts: int = 16
+    updates: int = 4
+    micro_rows: int = 16
+    eval_every: int = 0
+    eval_tasks: int = 32
+    eval_k: int = 2
+    dump_every: int = 10
+    save_every: int = 10
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, warmup_steps=0, schedule="constant", weight_decay=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation: `k` attempts at each of `tasks` test tasks per family, at `temperature`."""
+
+    tasks: int = 200
+    k: int = 8
+    temperature: float = 1.0
+    bootstrap: int = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment: a cold start, then `algo` and each of `against` from the same start under the same budget."""
+
+    name: str = "experiment"
+    seed: int = 0
+    cpu_devices: int = 2  # XLA devices on a machine without accelerators; results depend on it in the last bits
+    tasks: TasksConfig = TasksConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig(
+        vocab_size=512, d_model=96, layers=3, heads=4, kv_heads=1, head_dim=24, d_ff=256, qk_norm=True
+    )
+    mesh: MeshConfig = MeshConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sft: SftConfig = SftConfig()
+    algo: Recipe = dataclasses.field(default_factory=elpo)
+    against: tuple[Recipe, ...] = dataclasses.field(default_factory=lambda: (grpo(),))
+    rl: RlConfig = RlConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def __post_init__(self):
+        names = [recipe.name for recipe in self.recipes]
+        if len(set(names)) < len(names) or "sft" in names:
+            raise ConfigError(f"algo and against need different names, none of them 'sft', not {names}: set algo.name")
+        if self.rl.prompts % self.rl.updates:
+            raise ConfigError(f"rl.prompts={self.rl.prompts} is not a multiple of rl.updates={self.rl.updates}")
+        if not self.tasks.families or not self.tasks.difficulties:
+            raise ConfigError("tasks.families and tasks.difficulties must each name at least one: the dataset is empty")
+        if len(set(self.tasks.families)) < len(self.tasks.families):
+            raise ConfigError(f"tasks.families names a family twice: {self.tasks.families}")
+        for key, value in (
+            ("rl.prompts", self.rl.prompts),
+            ("rl.updates", self.rl.updates),
+            ("rl.micro_rows", self.rl.micro_rows),
+            ("sft.demonstrations", self.sft.demonstrations),
+            ("sft.rows", self.sft.rows),
+            ("sft.micro_rows", self.sft.micro_rows),
+            ("eval.tasks", self.eval.tasks),
+            ("eval.k", self.eval.k),
+            ("rollout.max_turn_tokens", self.rollout.max_turn_tokens),
+            ("cpu_devices", self.cpu_devices),
+        ):
+            if value < 1:
+                raise ConfigError(f"{key}={value} must be at least 1")
+        if self.sft.rows % self.sft.micro_rows:
+            raise ConfigError(f"sft.rows={self.sft.rows} is not a multiple of sft.micro_rows={self.sft.micro_rows}")
+        if self.rollout.temperature <= 0:
+            raise ConfigError(f"rollout.temperature={self.rollout.temperature} must be positive: training samples")
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        return (self.algo, *self.against)
+
+
+def load(path: str) -> Config:
+    """The config of an experiment file, by its `get_config()`.
+
+    Raises:
+      ConfigError: If the file or the function is missing, or it returns something else.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ConfigError(f"there is no experiment file {path}: give a Python file with a get_config() function")
+    spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+        raise ConfigError(f"{path} has no get_config() function: add one that returns an elpo_jax.config.Config")
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not an elpo_jax.config.Config")
+    return config
+
+
+def override(config: Any, assignments: list[str]) -> Any:
+    """`config` with "a.b=c" applied in order; each value is read as the type of its field.
+
+    Raises:
+      ConfigError: For an unknown key or a value that does not fit, naming what would.
+    """
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes key=value, as in --set algo.eps_elc=0.0, not {assignment!r}")
+        config = _set(config, key.strip().split("."), text.strip(), key.strip())
+    return config
+
+
+def to_json(config: Any) -> dict:
+    """The config as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, as "key: old -> new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        out = []
+        for key in sorted({*old, *new}):
+            where = f"{path}.{key}" if path else key
+            out += differences(old.get(key, "(missing)"), new.get(key, "(missing)"), where)
+        return out
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def _set(config: Any, path: list[str], text: str, key: str) -> Any:
+    name, rest = path[0], path[1:]
+    if isinstance(config, tuple):  # against.0.eps_high=...
+        if not name.isdigit() or int(name) >= len(config):
+            raise ConfigError(f"unknown key {key!r}: {name!r} is not an index below {len(config)}")
+        index = int(name)
+        return config[:index] + (_set(config[index], rest, text, key),) + config[index + 1 :]
+    if not dataclasses.is_dataclass(config):
+        raise ConfigError(f"unknown key {key!r}: {name!r} goes deeper than the value it names")
+    names = [field.name for field in dataclasses.fields(config)]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"
+        raise ConfigError(f"unknown key {key!r}: {type(config).__name__} has no {name!r}; {hint}")
+    old = getattr(config, name)
+    if rest:
+        value = _set(old, rest, text, key)
+    else:
+        hint = typing.get_type_hints(type(config))[name]
+        if dataclasses.is_dataclass(hint):
+            inner = ", ".join(f"{key}.{field.name}" for field in dataclasses.fields(hint))
+            raise ConfigError(f"{key!r} is a group; set one of {inner}")
+        value = _parse(text, hint, key)
+    try:
+        return dataclasses.replace(config, **{name: value})
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{key}={text}: {error}") from None
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if text.lower() == "none" and type(None) in arguments:
+            return None
+        return _parse(text, next(a for a in arguments if a is not type(None)), key)
+    if origin is Literal:
+        if text in arguments:
+            return text
+        raise ConfigError(f"{key}={text!r} must be one of {', '.join(map(str, arguments))}")
+    if origin is tuple:
+        items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
+        if dataclasses.is_dataclass(arguments[0]):
+            if items:
+                raise ConfigError(f"{key} can be emptied with {key}=() or changed with {key}.0.FIELD=VALUE")
+            return ()
+        return tuple(_parse(item, arguments[0], key) for item in items)
+    if hint is bool:
+        if text.lower() in ("true", "false", "1", "0"):
+            return text.lower() in ("true", "1")
+    elif hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            pass
+    elif hint is str:
+        return text
+    raise ConfigError(f"{key}={text!r} is not {'an' if hint is int else 'a'} {getattr(hint, '__name__', hint)}")

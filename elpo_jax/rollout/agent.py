@@ -1,0 +1,174 @@
+"""The agent loop: plays attempts to their end, many at once, while their tools run on the host.
+
+Token-in, token-out: an attempt is the ids that were sampled and the ids the environment appended; text is decoded only
+for the tool parser and the grader. One visit of the loop dispatches a burst of decoding to the device and meanwhile
+answers the turns that ended in the visit before, so host and device overlap. Tools are waited for at that fixed point,
+hence the schedule, and with it every number, does not depend on how long a tool took.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+from elpo_jax.rollout.sampler import Completion, Request, Sampler
+from elpo_jax.tasks.base import Family, Task
+from elpo_jax.text.chat import ChatFormat
+from elpo_jax.tools.base import State, Status, ToolResult
+from elpo_jax.tools.toolbox import Request as ToolRequest
+from elpo_jax.tools.toolbox import ToolBox
+from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory, segments
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """Everything an attempt meets outside the policy."""
+
+    families: Mapping[str, Family]
+    toolbox: ToolBox
+    chat: ChatFormat
+    max_turn_tokens: int
+
+    def prompt(self, task: Task) -> Segment:
+        """The opening tokens of a task, up to where the model's first turn begins."""
+        return Segment(Author.ENVIRONMENT, self.chat.prompt(task.prompt, self.families[task.family].tools))
+
+    def check(self, task: Task, context: int) -> None:
+        """Raises ValueError if the task's prompt leaves no room for a turn."""
+        length = len(self.prompt(task))
+        if length + self.max_turn_tokens > context:
+            raise ValueError(
+                f"the prompt of {task.id} has {length} tokens and a turn may have {self.max_turn_tokens}, more than "
+                f"sampler.context={context}: raise sampler.context or choose lower tasks.difficulties"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """Where an attempt begins: the prompt, or the state after the last of `steps` of another attempt."""
+
+    task: Task
+    prompt: Segment  # one object per task, so that its attempts share it
+    steps: tuple[Step, ...]
+    attempt: int  # number within the task's tree; part of the PRNG stream
+
+
+@dataclasses.dataclass(eq=False)
+class _Live:
+    """An attempt under way."""
+
+    start: Start
+    steps: list[Step]
+    state: State | None
+    ticket: int = -1
+
+
+def world_key(*parts: int) -> int:
+    """A 63-bit key for the randomness of one attempt's world, from what identifies the attempt."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
+
+
+def play(
+    environment: Environment,
+    sampler: Sampler,
+    starts: Callable[[int], Sequence[Start]],
+    finished: Callable[[Start, Trajectory | None], None],
+    *,
+    seed: int,
+    step: int,
+    temperature: float,
+) -> None:
+    """Plays attempts until `starts` has none left and all have ended.
+
+    Args:
+      environment: Tools, families and chat format.
+      sampler: With the policy's parameters loaded.
+      starts: Called with the number of free slots; returns at most that many attempts to begin now. Called again after
+        attempts have ended, so a search can decide its next wave.
+      finished: Called once per attempt, in a reproducible order; with None if our machinery failed it.
+      seed: Seeds the worlds (the sampler has its own seed).
+      step: Training step; part of the PRNG stream.
+      temperature: Sampling temperature; 0 is greedy.
+    """
+    live: dict[int, _Live] = {}
+    ended: list[Completion] = []
+    while True:
+        for start in starts(sampler.free_slots):
+            attempt = _Live(start, list(start.steps), _world(environment, start, seed, step))
+            _continue(attempt, environment, sampler, live, finished, step)
+        if not live:
+            return
+        sampler.start_visit(temperature)
+        _answer(ended, environment, sampler, live, finished, step)
+        ended = sampler.finish_visit()
+
+
+def _world(environment: Environment, start: Start, seed: int, step: int) -> State | None:
+    key = world_key(seed, step, start.task.uid, start.attempt)
+    if not start.steps:
+        return environment.families[start.task.family].start(start.task, key)
+    state = start.steps[-1].state
+    return None if state is None else state.fork(key)
+
+
+def _answer(ended, environment, sampler, live, finished, step) -> None:
+    """Parses the turns that ended, runs their tools together, and lets the attempts go on."""
+    calls: list[tuple[_Live, Segment, object, object]] = []
+    for completion in ended:
+        attempt = live.pop(completion.ticket)
+        attempt.ticket = completion.ticket
+        turn = environment.chat.parse(completion.segment.ids)
+        answered = sum(s.is_tool_call for s in attempt.steps)
+        wants_tool = completion.stopped and (turn.call is not None or turn.error is not None)
+        if not wants_tool or answered >= attempt.start.task.max_steps:
+            attempt.steps.append(Step(completion.segment, state=attempt.state, text=turn.text))
+            finish = Finish.ANSWER if completion.stopped else Finish.LENGTH
+            _end(attempt, Finish.MAX_STEPS if wants_tool else finish, environment, sampler, finished)
+            continue
+        future = environment.toolbox.submit(ToolRequest(turn.call, attempt.state)) if turn.call is not None else None
+        calls.append((attempt, completion.segment, turn, future))
+    for attempt, segment, turn, future in calls:
+        result, attempt.state = (turn.error, attempt.state) if future is None else future.result()
+        if result.status is Status.INFRASTRUCTURE:
+            sampler.release(attempt.ticket)
+            finished(attempt.start, None)
+            continue
+        response = _response(environment, sampler, attempt, segment, result)
+        attempt.steps.append(Step(segment, turn.call, result, response, attempt.state, turn.text))
+        _continue(attempt, environment, sampler, live, finished, step)
+
+
+def _response(environment, sampler, attempt, segment: Segment, result: ToolResult) -> Segment | None:
+    """The environment's tokens; None where the context has no room for them and one more token."""
+    ids = environment.chat.response(result)
+    used = sum(map(len, segments(attempt.start.prompt, tuple(attempt.steps)))) + len(segment)
+    return Segment(Author.ENVIRONMENT, ids) if used + len(ids) < sampler.context else None
+
+
+def _continue(attempt: _Live, environment, sampler, live, finished, step) -> None:
+    """Asks the sampler for the attempt's next turn, or ends it where the context is full."""
+    if attempt.steps and attempt.steps[-1].response is None:
+        _end(attempt, Finish.LENGTH, environment, sampler, finished)
+        return
+    prefix = segments(attempt.start.prompt, tuple(attempt.steps))
+    room = sampler.context - sum(map(len, prefix))
+    stream = (step, attempt.start.task.uid, attempt.start.attempt, len(attempt.steps) + 1)
+    live[sampler.submit(Request(prefix, stream, min(room, environment.max_turn_tokens)))] = attempt
+
+
+def _end(attempt: _Live, finish: Finish, environment, sampler, finished) -> None:
+    """Grades the attempt by its final answer and its last world, and gives its slot back."""
+    sampler.release(attempt.ticket)
+    task = attempt.start.task
+    text = attempt.steps[-1].text if finish is Finish.ANSWER else ""
+    grade = environment.families[task.family].grade(task, text, attempt.state)
+    reason = {Finish.MAX_STEPS: "out of tool calls; ", Finish.LENGTH: "cut by a token limit; "}.get(finish, "")
+    trajectory = Trajectory(
+        attempt.start.prompt,
+        tuple(attempt.steps),
+        finish,
+        grade.success,
+        grade.reward,
+        reason + grade.reason,
+        grade.answer,
+    )
+    finished(attempt.start, trajectory)

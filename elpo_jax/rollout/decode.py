@@ -1,0 +1,167 @@
+"""The device half of the sampler: jitted fork, prefill and decode over one static cache of slots.
+
+Slots are split over the mesh axis `data`, and each shard decodes and prefills its own slots without talking to the
+others; only a fork may cross. A row's samples are a function of its own request and the parameters alone.
+Letters: B slots, S cache length, R rows of a prefill, T tokens of a prefill, V vocabulary, n steps of a visit.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from elpo_jax.model import cache as kv
+from elpo_jax.model.config import ModelConfig
+from elpo_jax.model.logprob import logprob_and_entropy
+from elpo_jax.model.transformer import apply, unembed
+
+AXIS = "data"
+SPLIT, WHOLE = PartitionSpec(AXIS), PartitionSpec()
+
+# Columns of the control array int32 [B, 7], one row per slot, which the host sends with every visit.
+TOKEN, POSITION, REMAINING, STREAM = 0, 1, 2, slice(3, 7)
+CONTROL_WIDTH = 7
+
+
+def make_cache(config: ModelConfig, mesh: Mesh, slots: int, length: int) -> kv.Cache:
+    """An empty cache, split by slot."""
+    create = jax.jit(lambda: kv.new_cache(config, slots, length), out_shardings=NamedSharding(mesh, SPLIT))
+    return create()
+
+
+def make_fork(mesh: Mesh) -> Callable:
+    """Compiles `model.cache.fork`: (cache, source int32 [R], target int32 [R]) -> cache, which is donated."""
+    return jax.jit(kv.fork, donate_argnums=0, out_shardings=NamedSharding(mesh, SPLIT))
+
+
+def make_prefill(config: ModelConfig, mesh: Mesh) -> Callable:
+    """Compiles (params, cache, rows, tokens, positions) -> cache, which is donated.
+
+    Each shard gets R rows: `rows` int32 [shards * R] are indices among the shard's own slots, and one past its last
+    slot marks padding; `tokens` and `positions` are int32 [shards * R, T], positions -1 at padding.
+    """
+
+    def prefill(params, cache, rows, tokens, positions):
+        part = jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), cache)
+        _, part = apply(config, params, tokens, positions, part)
+        return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), cache, part)
+
+    return jax.jit(_per_shard(prefill, mesh, (WHOLE, SPLIT, SPLIT, SPLIT, SPLIT), SPLIT), donate_argnums=1)
+
+
+def make_decode(config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...], seed: int, steps: int) -> Callable:
+    """Compiles (params, cache, control, temperature) -> (cache, out): up to `steps` tokens for every slot.
+
+    `control` is int32 [B, 7]: the last token of the sequence (which is not in the cache yet), its position, how many
+    tokens may still be sampled (0 for an idle slot) and the request's four stream integers. `temperature` is a float32
+    scalar. `out` is int32 [steps, 3, B]: the sampled id (-1 where the slot was idle), its log-probability and the
+    entropy, both as the bits of a float32. A slot that sampled a stop id idles for the rest of the visit.
+    """
+    # An id that is never sampled keeps the comparison below well-formed without stop ids.
+    stops = jnp.array(stop_ids or (-1,), jnp.int32)
+
+    def decode(params, cache, control, temperature):
+        uniforms = stream_uniforms(seed, control[:, STREAM], control[:, POSITION] + 1, steps)
+
+        def step(carry, u):
+            cache, token, position, remaining = carry
+            active = remaining > 0
+            hidden, cache = apply(config, params, token[:, None], jnp.where(active, position, -1)[:, None], cache)
+            logits = unembed(config, params, hidden[:, 0])
+            token = sample(logits, u, temperature)
+            logp, entropy = logprob_and_entropy(logits, token, _divisor(temperature))
+            out = jnp.stack([jnp.where(active, token, -1), _bits(logp), _bits(entropy)])
+            stopped = jnp.any(token[:, None] == stops, axis=1)
+            remaining = jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
+            return (cache, token, position + 1, remaining), out
+
+        start = (cache, control[:, TOKEN], control[:, POSITION], control[:, REMAINING])
+        (cache, *_), out = jax.lax.scan(step, start, uniforms)
+        return cache, out
+
+    specs = (WHOLE, SPLIT, SPLIT, WHOLE), (SPLIT, PartitionSpec(None, None, AXIS))
+    return jax.jit(_per_shard(decode, mesh, *specs), donate_argnums=1)
+
+
+def stream_uniforms(seed: int, streams: jax.Array, positions: jax.Array, steps: int) -> jax.Array:
+    """The uniform numbers that decide the next tokens: one per token, from what identifies the token.
+
+    Args:
+      seed: The sampler's.
+      streams: int32 [B, 4], bits of the request's unsigned (step, task, attempt, turn).
+      positions: int32 [B], index in its sequence of the first token to sample.
+      steps: n, tokens to sample.
+
+    Returns:
+      float32 [n, B] in [0, 1): of fold_in(... fold_in(key(seed), step) ..., turn), position).
+    """
+
+    def row(stream, position):
+        key = jax.random.key(seed)
+        for part in stream:
+            key = jax.random.fold_in(key, part)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, position + jnp.arange(steps))
+        return jax.vmap(jax.random.uniform)(keys)
+
+    return jax.vmap(row, out_axes=1)(jax.lax.bitcast_convert_type(streams, jnp.uint32), positions)
+
+
+def sample(logits: jax.Array, uniform: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Draws from softmax(logits / temperature) by the inverse of its cumulative sum; the largest logit where it is 0.
+
+    The sum has two levels, blocks of about sqrt(V) ids and the ids of one block, so its rounding errors are those of
+    short sums. Whatever they are, an id of probability 0 is never returned.
+
+    Args:
+      logits: float32 [B, V].
+      uniform: float32 [B] in [0, 1), one number per row.
+      temperature: float32 scalar >= 0, traced.
+
+    Returns:
+      int32 [B].
+    """
+
+    def inverse_cdf():
+        vocab = logits.shape[1]
+        block = 2 ** (vocab.bit_length() // 2)
+        weights = jnp.exp((logits - jnp.max(logits, axis=1, keepdims=True)) / temperature)
+        weights = jnp.pad(weights, ((0, 0), (0, -vocab % block))).reshape(len(weights), -1, block)
+        sums = jnp.sum(weights, axis=2)
+        chosen, rest = _pick(sums, uniform * jnp.sum(sums, axis=1))
+        inside, _ = _pick(jnp.take_along_axis(weights, chosen[:, None, None], axis=1)[:, 0], rest)
+        return chosen * block + inside
+
+    return jax.lax.cond(temperature > 0, inverse_cdf, lambda: jnp.argmax(logits, axis=1).astype(jnp.int32))
+
+
+def _pick(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first index whose cumulative weight exceeds `target`, and what of `target` is left over inside it.
+
+    Only indices of positive weight count, because a parallel cumulative sum need not be monotone; the last of them is
+    taken where rounding put `target` at or beyond the total. float32 [B, n] and [B] -> int32 [B], float32 [B].
+    """
+    cumulative = jnp.cumsum(weights, axis=1)
+    index = jnp.arange(weights.shape[1], dtype=jnp.int32)
+    positive = weights > 0
+    first = jnp.min(jnp.where(positive & (cumulative > target[:, None]), index, weights.shape[1]), axis=1)
+    last = jnp.max(jnp.where(positive, index, 0), axis=1)
+    found = jnp.minimum(first, last)
+    before = jnp.take_along_axis(cumulative - weights, found[:, None], axis=1)[:, 0]
+    return found, jnp.maximum(target - before, 0.0)
+
+
+def _divisor(temperature: jax.Array) -> jax.Array:
+    """What divides the logits of recorded log-probabilities: greedy tokens get those of temperature 1."""
+    return jnp.where(temperature > 0, temperature, 1.0)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _per_shard(fn: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
+    """Runs `fn` once per shard of the slots; the other mesh axes stay the compiler's, as the parameters need them."""
+    return jax.shard_map(
+        fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset({AXIS}), check_vma=False
+    )

@@ -1,0 +1,34 @@
+"""The endless stream of tasks that training and evaluation draw from: one integer is the whole cursor."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from elpo_jax.tasks.base import SPLITS, Family, Split, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskStream:
+    """Task number n of a split, as a pure function of n.
+
+    Attributes:
+      families: By name; task n belongs to family n mod their number.
+      difficulties: Drawn from uniformly, independently for every n.
+      seed: Seeds that draw.
+    """
+
+    families: Mapping[str, Family]
+    difficulties: tuple[int, ...]
+    seed: int
+
+    def task(self, split: Split, n: int) -> Task:
+        """Task number n >= 0 of a split, over all families in turn."""
+        names = list(self.families)
+        return self.family_task(names[n % len(names)], split, n // len(names))
+
+    def family_task(self, family: str, split: Split, index: int) -> Task:
+        """Task number index >= 0 of one family's split."""
+        where = (self.seed, list(self.families).index(family), SPLITS.index(split), index)
+        difficulty = int(np.random.default_rng(where).choice(self.difficulties))
+        return self.families[family].task(split, index, difficulty)

@@ -1,0 +1,167 @@
+"""The chat format: ChatML with Hermes-style tool calls, as Qwen models use it, written as ids.
+
+An attempt is `prompt`, then alternately a turn of the model and `response`; the pieces are only ever appended, and
+joined they equal what `render` makes of the whole conversation. Whatever users, tools and schemas say is encoded
+as plain text, so control ids are placed by this module and by the model alone. The newline after a turn's `<|im_end|>`
+belongs to the environment, which writes it with the next message.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from elpo_jax.text.parser import Turn, parse_turn
+from elpo_jax.text.tokenizer import (
+    CALL_CLOSE,
+    CALL_OPEN,
+    IM_END,
+    IM_START,
+    RESPONSE_CLOSE,
+    RESPONSE_OPEN,
+    Tokenizer,
+)
+from elpo_jax.tools.base import Tool, ToolResult
+
+Role = Literal["user", "assistant", "tool"]
+
+_CALL_TAGS = re.compile(f"({re.escape(CALL_OPEN)}|{re.escape(CALL_CLOSE)})")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Message:
+    """One message of a conversation.
+
+    Attributes:
+      role: Who speaks. Tools speak through a user message.
+      content: The text; for the assistant the ids of the turn as sampled, with `<|im_end|>` where it was reached.
+    """
+
+    role: Role
+    content: str | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Control:
+    """A control token's place in a message, to be told from text that merely looks like it."""
+
+    text: str
+
+
+class ChatFormat:
+    """Writes conversations as ids with one tokenizer.
+
+    Args:
+      tokenizer: Makes the ids.
+      tool_listing: "names": the system message names the tools in one line, for models that learn them in training;
+        "schema": it holds their JSON schemas and says how to call them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tool_listing: Literal["names", "schema"] = "names"):
+        if tool_listing not in ("names", "schema"):
+            raise ValueError(f'tool_listing must be "names" or "schema", not {tool_listing!r}')
+        self.tokenizer = tokenizer
+        self.tool_listing = tool_listing
+        self._response_before = self._ids("\n", *_header("user"), _Control(RESPONSE_OPEN))
+        self._response_after = self._ids(_Control(RESPONSE_CLOSE), _Control(IM_END), "\n", *_header("assistant"))
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a turn."""
+        return (self.tokenizer.control[IM_END],)
+
+    def prompt(self, user: str, tools: Sequence[Tool]) -> np.ndarray:
+        """Ids, int32 [n], of the system message that lists `tools`, the user's message and the assistant's header."""
+        return self.render([Message("user", user)], tools)
+
+    def turn(self, text: str) -> np.ndarray:
+        """Ids, int32 [n], of an assistant turn written as text, with the end-of-turn id.
+
+        For demonstrations only: `<tool_call>` and `</tool_call>` in the text become control ids, wherever they stand.
+        """
+        parts = [_Control(part) if i % 2 else part for i, part in enumerate(_CALL_TAGS.split(text))]
+        return _array(self._ids(*parts, _Control(IM_END)))
+
+    def response(self, result: ToolResult) -> np.ndarray:
+        """Ids, int32 [n], of all that follows a turn's `<|im_end|>`: the tool's answer and the assistant's header."""
+        body = self.tokenizer.encode(f"\n{result.text}\n")
+        return _array(self._response_before + body + self._response_after)
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool]) -> np.ndarray:
+        """Ids, int32 [n], of a whole conversation.
+
+        Args:
+          messages: The first is the user's; a system message that lists the tools is put before it.
+          tools: What the model can call.
+
+        Returns:
+          The ids, up to the end of the last turn or, if the last message is not the assistant's, to the point where its
+          next turn begins.
+        """
+        ids = self._ids(*_header("system"), *self._system(tools), _Control(IM_END))
+        for message in messages:
+            ids += self._ids("\n") + self._message(message)
+        if messages[-1].role != "assistant":
+            ids += self._ids("\n", *_header("assistant"))
+        return _array(ids)
+
+    def parse(self, turn_ids: Sequence[int] | np.ndarray) -> Turn:
+        """The turn as text, and the call or the error in it (`elpo_jax.text.parser.parse_turn`)."""
+        return parse_turn(self.tokenizer, turn_ids)
+
+    def _message(self, message: Message) -> list[int]:
+        """A message's ids, without the newline after it."""
+        if message.role == "assistant":
+            return self._ids(*_header("assistant")) + message.content.tolist()
+        if message.role == "tool":
+            wrapped = (_Control(RESPONSE_OPEN), f"\n{message.content}\n", _Control(RESPONSE_CLOSE))
+            return self._ids(*_header("user"), *wrapped, _Control(IM_END))
+        return self._ids(*_header(message.role), message.content, _Control(IM_END))
+
+    def _system(self, tools: Sequence[Tool]) -> list[str | _Control]:
+        """The system message, in which the tags of a call are the control tokens that the model is to write."""
+        if self.tool_listing == "names":
+            return [f"Tools: {', '.join(tool.name for tool in tools) or 'none'}"]
+        schemas = "\n".join(tool_schema(tool) for tool in tools)
+        return [
+            "You are a helpful assistant.\n\n# Tools\n\n"
+            "You may call one function per turn to help with the user's request.\n\n"
+            f"The functions, as JSON inside <tools></tools> tags:\n<tools>\n{schemas}\n</tools>\n\n"
+            "To call one, write a JSON object with its name and arguments inside ",
+            _Control(CALL_OPEN),
+            _Control(CALL_CLOSE),
+            " tags:\n",
+            _Control(CALL_OPEN),
+            '\n{"name": <function-name>, "arguments": <args-json-object>}\n',
+            _Control(CALL_CLOSE),
+        ]
+
+    def _ids(self, *parts: str | _Control) -> list[int]:
+        """Ids of text and control tokens; adjoining texts are encoded as one."""
+        ids: list[int] = []
+        text = ""
+        for part in parts:
+            if isinstance(part, str):
+                text += part
+                continue
+            ids += self.tokenizer.encode(text)
+            ids.append(self.tokenizer.control[part.text])
+            text = ""
+        return ids + self.tokenizer.encode(text)
+
+
+def tool_schema(tool: Tool) -> str:
+    """A tool as one line of JSON, in the layout of function-calling models."""
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return json.dumps({"type": "function", "function": function}, ensure_ascii=False, default=dict)
+
+
+def _header(role: str) -> tuple[_Control, str]:
+    return _Control(IM_START), f"{role}\n"
+
+
+def _array(ids: list[int]) -> np.ndarray:
+    return np.array(ids, np.int32)

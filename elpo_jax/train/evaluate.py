@@ -1,0 +1,138 @@
+"""Held-out evaluation: avg@k, pass@k and maj@k with bootstrap confidence intervals, always beside their protocol."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from math import comb
+
+import numpy as np
+
+from elpo_jax.rollout.agent import Environment
+from elpo_jax.rollout.collect import sample
+from elpo_jax.rollout.sampler import Sampler
+from elpo_jax.tasks.base import Task
+from elpo_jax.trees.trajectory import Trajectory
+
+# Evaluations draw from their own PRNG streams: a training step never has this number.
+EVAL_STREAM = 1_000_000_000
+
+
+def average_at_k(success: np.ndarray) -> np.ndarray:
+    """bool [tasks, k] -> float64 [tasks], the mean over a task's attempts."""
+    return success.mean(axis=1, dtype=np.float64)
+
+
+def pass_at_k(success: np.ndarray, k: int) -> np.ndarray:
+    """Unbiased pass@k: 1 - C(n-c, k) / C(n, k) of bool [tasks, n] with c successes each; float64 [tasks]."""
+    n = success.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs between {k} and more attempts per task, not {n}")
+    return np.array([1.0 - comb(n - c, k) / comb(n, k) for c in success.sum(axis=1).tolist()])
+
+
+def majority_at_k(answers: Sequence[Sequence[str]], success: np.ndarray) -> np.ndarray:
+    """Is the most frequent answer of a task's attempts right? float64 [tasks].
+
+    Attempts without an answer ("") do not vote. A tie goes to the answer that was given first. With no vote at all the
+    task counts as failed. `success` is bool [tasks, k].
+    """
+    out = np.zeros(len(answers))
+    for i, given in enumerate(answers):
+        votes = collections.Counter(answer for answer in given if answer)  # insertion order breaks ties
+        if votes:
+            winner = max(votes, key=votes.__getitem__)
+            out[i] = success[i][list(given).index(winner)]
+    return out
+
+
+def bootstrap_interval(values: np.ndarray, samples: int, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap over tasks of the mean of float [tasks]: (low, high)."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (samples, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def summarise(tasks: Sequence[Task], attempts: Sequence[Sequence[Trajectory]], bootstrap: int, seed: int) -> dict:
+    """All figures of one family: `attempts[i]` are the k attempts at `tasks[i]`. Keys as in a run's eval/NAME.json."""
+    success = np.array([[a.success for a in row] for row in attempts])
+    k = success.shape[1]
+
+    def figure(values: np.ndarray) -> dict:
+        return {"value": float(values.mean()), "ci": list(bootstrap_interval(values, bootstrap, seed))}
+
+    def average(rows: np.ndarray) -> dict:
+        values = figure(average_at_k(success[rows]))
+        return {f"avg@{k}": values["value"], "ci": values["ci"], "n": len(rows)}
+
+    difficulty = np.array([task.difficulty for task in tasks])
+    flat = [a for row in attempts for a in row]
+    statuses = collections.Counter(s.result.status.value for a in flat for s in a.steps if s.result is not None)
+    return {
+        **average(np.arange(len(tasks))),
+        f"pass@{k}": figure(pass_at_k(success, k)),
+        f"maj@{k}": figure(majority_at_k([[a.answer for a in row] for row in attempts], success)),
+        "by_difficulty": {str(d): average(np.flatnonzero(difficulty == d)) for d in sorted(set(difficulty.tolist()))},
+        "tool_calls": float(np.mean([sum(s.is_tool_call for s in a.steps) for a in flat])),
+        "tokens": float(np.mean([sum(len(s.turn) for s in a.steps) for a in flat])),
+        "status": dict(statuses),
+        "finish": dict(collections.Counter(a.finish.value for a in flat)),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How an accuracy was measured; printed beside it."""
+
+    split: str
+    tasks_per_family: int
+    k: int
+    temperature: float
+    seed: int
+    difficulties: tuple[int, ...]
+    slack: int
+    noise: float
+    max_turn_tokens: int
+    context: int
+    checker: str = "wordmath: last \\boxed{} of the final turn, exact number; ledger: goal against the final database"
+    majority_ties: str = "first answer given; empty answers do not vote"
+    interval: str = "95 % percentile bootstrap over tasks"
+
+    def line(self) -> str:
+        return (
+            f"{self.split} split, {self.tasks_per_family} tasks per family of {self.difficulties} steps, k={self.k}, "
+            f"temperature {self.temperature:g}, seed {self.seed}, slack {self.slack} calls, noise {self.noise:g}, "
+            f"turn <= {self.max_turn_tokens} tokens, context {self.context}; {self.interval}"
+        )
+
+
+def evaluate(
+    name: str,
+    tasks: dict[str, list[Task]],
+    protocol: Protocol,
+    environment: Environment,
+    sampler: Sampler,
+    bootstrap: int,
+    progress: Callable[[int], None] = lambda rollouts: None,
+) -> dict:
+    """Plays `protocol.k` attempts at each family's tasks and returns the content of eval/NAME.json."""
+    everything = [task for family in tasks.values() for task in family]
+    attempts = sample(
+        everything,
+        protocol.k,
+        environment,
+        sampler,
+        seed=protocol.seed,
+        step=EVAL_STREAM,
+        temperature=protocol.temperature,
+        progress=progress,
+    )
+    of = {task.uid: row for task, row in zip(everything, attempts, strict=True)}
+    return {
+        "name": name,
+        "protocol": dataclasses.asdict(protocol),
+        "families": {
+            family: summarise(members, [of[task.uid] for task in members], bootstrap, protocol.seed)
+            for family, members in tasks.items()
+        },
+    }

@@ -1,0 +1,207 @@
+"""The policy-gradient loop: collect a tree per prompt, turn trees into per-token credit, take a few clipped steps.
+
+trees  = collect(tasks)                       attempts, searches, first irrecoverable steps     (host + sampler)
+credit = assign(tree)                         eq. 6-10                                          (host, float64)
+batch  = examples -> weights -> packed rows   masks and indices                                 (host)
+state  = step(state, batch)                   eq. 1, 2, 11, 12                                  (device)
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from elpo_jax.config import RlConfig
+from elpo_jax.model.config import ModelConfig
+from elpo_jax.model.transformer import Params
+from elpo_jax.policy.batch import Batch, drop_flat, normalise, pack, policy_examples, stack
+from elpo_jax.policy.credit import Credit, assign
+from elpo_jax.policy.loss import logprobs
+from elpo_jax.policy.recipes import Recipe
+from elpo_jax.report.log import MetricsLog
+from elpo_jax.report.progress import Progress
+from elpo_jax.rollout.agent import Environment
+from elpo_jax.rollout.collect import collect
+from elpo_jax.rollout.sampler import Sampler
+from elpo_jax.tasks.stream import TaskStream
+from elpo_jax.tools.base import Status
+from elpo_jax.train.checkpoint import Checkpoints
+from elpo_jax.train.state import TrainState
+from elpo_jax.trees.serial import tree_to_json
+from elpo_jax.trees.tree import RolloutTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What the loop needs beside its numbers, built once per run."""
+
+    environment: Environment
+    sampler: Sampler
+    stream: TaskStream
+    first_task: int  # where the prompts of RL begin in the stream, after those of the demonstrations
+    seed: int
+    temperature: float
+    step_fn: Callable  # from make_train_step, with the policy loss
+    reference_logp: Callable[[Batch], np.ndarray] | None  # of the cold-started policy, for recipes with kl > 0
+    validate: Callable[[int], dict[str, float]]  # RL step -> validation row
+
+
+def train_rl(
+    config: RlConfig,
+    recipe: Recipe,
+    learner: Learner,
+    state: TrainState,
+    *,
+    start: int,
+    meta: dict,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    dumps: pathlib.Path,
+) -> TrainState:
+    """Runs batches `start` to `config.steps` and returns the last state, which is also saved.
+
+    Args:
+      config: The loop's numbers.
+      recipe: The algorithm.
+      learner: Environment, sampler, tasks and the jitted step.
+      state: State after `start` batches.
+      start: Batches already done; with the seed it determines everything that follows.
+      meta: Saved with every checkpoint.
+      checkpoints: Where to save.
+      log: Gets one row per batch.
+      dumps: Folder for rollouts/step_NNNNNN.jsonl.
+    """
+    with Progress(recipe.name, config.steps, start=start) as progress:
+        for step in range(start, config.steps):
+            began = time.perf_counter()
+            first = learner.first_task + step * config.prompts
+            tasks = [learner.stream.task("train", n) for n in range(first, first + config.prompts)]
+            learner.sampler.load(state.params, version=step)
+            trees = collect(
+                tasks,
+                recipe.search,
+                learner.environment,
+                learner.sampler,
+                seed=learner.seed,
+                step=step,
+                temperature=learner.temperature,
+                progress=lambda rollouts, step=step: progress.update(step, rollouts=1),
+            )
+            credits = [assign(tree, recipe) for tree in trees]
+            collected = time.perf_counter()
+            state, metrics = update(config, recipe, learner, state, trees, credits)
+            row = rollout_metrics(trees, credits) | metrics
+            row |= {"seconds/collect": collected - began, "seconds/update": time.perf_counter() - collected}
+            done = step + 1
+            if config.dump_every and (done % config.dump_every == 0 or step == 0):
+                dump(dumps / f"step_{done:06d}.jsonl", done, recipe, trees, credits, learner.environment)
+            if config.eval_every and done % config.eval_every == 0:
+                learner.sampler.load(state.params, version=done)
+                row |= learner.validate(done)
+            row["seconds/step"] = time.perf_counter() - began
+            log.write({"step": done, **row})
+            progress.update(done, tokens=row["rollout/model_tokens"], root_success=row["rollout/root_success"])
+            if done % config.save_every == 0 or done == config.steps:
+                log.sync()
+                checkpoints.save(done, state, meta)
+    return state
+
+
+def update(
+    config: RlConfig,
+    recipe: Recipe,
+    learner: Learner,
+    state: TrainState,
+    trees: Sequence[RolloutTree],
+    credits: Sequence[Credit],
+) -> tuple[TrainState, dict[str, float]]:
+    """`config.updates` optimizer steps over the trees, each over its own share of the prompts, in order."""
+    scalars = recipe.scalars() | {"temperature": learner.temperature}
+    scalars = {name: np.float32(value) for name, value in scalars.items()}
+    share = len(trees) // config.updates
+    rows: list[Mapping[str, float]] = []
+    for i in range(config.updates):
+        mine = slice(i * share, (i + 1) * share)
+        groups = [policy_examples(t, c) for t, c in zip(trees[mine], credits[mine], strict=True)]
+        examples = normalise([e for group in groups for e in group], recipe, constant=learner.sampler.context)
+        examples = drop_flat(examples, recipe.kl)
+        batch = stack(pack(examples, learner.sampler.context), config.micro_rows)
+        if learner.reference_logp is not None and recipe.kl > 0:
+            batch = batch.replace(reference_logp=learner.reference_logp(batch))
+        state, metrics = learner.step_fn(state, batch, scalars)
+        rows.append({name: float(value) for name, value in metrics.items()})
+    return state, update_metrics(rows)
+
+
+def update_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Averages of the updates' metrics: sums over tokens become means per model token, maxima stay maxima."""
+    tokens = max(sum(row["tokens"] for row in rows), 1.0)
+    out = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name.endswith("_max"):
+            out[f"loss/{name}"] = max(values)
+        elif name in ("loss", "grad_norm", "lr"):
+            out[name] = float(np.mean(values))
+        elif name == "skipped":
+            out[name] = values[-1]
+        else:
+            out[f"loss/{name}"] = sum(values) if name == "tokens" else sum(values) / tokens
+    # At the first update of a batch the policy is the sampler's: a ratio away from 1 there is a bug, not learning.
+    out["loss/first_ratio_deviation_max"] = rows[0]["ratio_deviation_max"]
+    return out
+
+
+def rollout_metrics(trees: Sequence[RolloutTree], credits: Sequence[Credit]) -> dict[str, float]:
+    """What the collected trees look like. Root attempts are i.i.d.; all leaves are not (continuations of failures)."""
+    leaves = [leaf for tree in trees for leaf in tree.leaves]
+    roots = collections.defaultdict(list)
+    for tree in trees:
+        for leaf in tree.leaves:
+            if leaf.parent is None:
+                roots[tree.task.family].append(leaf.trajectory.success)
+    own = [step for leaf in leaves for step in leaf.trajectory.steps[leaf.anchor :]]
+    results = [step.result.status for step in own if step.result is not None]
+    searches = [search for tree in trees for search in tree.searches]
+    failed = [i for c in credits for i in c.first_failure if i > 0]
+    mixed = [0 < sum(leaf.trajectory.success for leaf in tree.leaves) < len(tree.leaves) for tree in trees]
+    everything = [success for family in roots.values() for success in family]
+    row = {
+        "rollout/rollouts": len(leaves),
+        "rollout/success": float(np.mean([leaf.trajectory.success for leaf in leaves])) if leaves else 0.0,
+        "rollout/root_success": float(np.mean(everything)) if everything else 0.0,
+        "rollout/model_tokens": sum(len(step.turn) for step in own),
+        "rollout/tool_calls": len(results),
+        "rollout/infrastructure_failures": sum(tree.infrastructure_failures for tree in trees),
+        "tree/searches": len(searches),
+        "tree/verified": float(np.mean([s.verified for s in searches])) if searches else 0.0,
+        "tree/first_failure_mean": float(np.mean(failed)) if failed else 0.0,
+        "tree/recovered": sum(len(steps) for c in credits for steps in c.recovered),
+        "tree/mixed": float(np.mean(mixed)),
+    }
+    row |= {f"rollout/root_success/{family}": float(np.mean(values)) for family, values in roots.items()}
+    row |= {f"status/{s.value}": results.count(s) / max(len(results), 1) for s in Status}
+    return row
+
+
+def dump(path, step: int, recipe: Recipe, trees, credits, environment: Environment) -> None:
+    """Writes the batch's trees, one JSON line each, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    decode = environment.chat.tokenizer.decode
+    with partial.open("w", encoding="utf-8") as file:
+        for tree, credit in zip(trees, credits, strict=True):
+            line = tree_to_json(tree, decode_token=lambda i: decode([i]), credit=credit)
+            file.write(json.dumps({**line, "rl_step": step, "recipe": recipe.name}) + "\n")
+    partial.replace(path)
+
+
+def reference_logprobs(model: ModelConfig, params: Params, temperature: float) -> Callable[[Batch], np.ndarray]:
+    """Log-probabilities [n_micro, B, T] of a batch under fixed parameters, by the trainer's own graph."""
+    fn = jax.jit(lambda p, batch: jax.lax.map(lambda micro: logprobs(model, p, micro, temperature)[0], batch))
+    return lambda batch: np.asarray(fn(params, batch))

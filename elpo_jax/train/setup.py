@@ -1,0 +1,189 @@
+"""Builds what a run is made of from its config: tokenizer, families, tools, demonstrations and the run folder."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Iterator
+
+import numpy as np
+
+from elpo_jax.config import Config, ConfigError, differences, to_json
+from elpo_jax.policy.batch import Batch, demonstration_example, pack
+from elpo_jax.report.log import write_json
+from elpo_jax.rollout.agent import Environment
+from elpo_jax.tasks.ledger import Ledger
+from elpo_jax.tasks.stream import TaskStream
+from elpo_jax.tasks.wordmath import WordMath
+from elpo_jax.text.chat import ChatFormat
+from elpo_jax.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from elpo_jax.tools.interpreter import CodeInterpreter
+from elpo_jax.tools.toolbox import ToolBox
+from elpo_jax.trees.demonstrate import demonstrations
+from elpo_jax.trees.trajectory import Trajectory
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: pathlib.Path, config: Config, resume: bool) -> Iterator[None]:
+    """Claims a run folder: writes config.json, or checks that the run in it is this one.
+
+    Raises:
+      ConfigError: If the folder holds another run, holds this one and `resume` was not asked for, is in use, or cannot
+        be written. Nothing in it is touched then.
+    """
+    recorded = workdir / "config.json"
+    wanted = to_json(config)
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"{workdir} is a file: give --workdir a folder")
+    if recorded.exists():
+        try:
+            held = json.loads(recorded.read_text())
+        except json.JSONDecodeError:
+            raise ConfigError(f"{recorded} is damaged: restore it, or start in another --workdir") from None
+        changed = differences(held, wanted)
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run of another config ({'; '.join(changed[:4])}"
+                f"{' ...' if len(changed) > 4 else ''}): choose another --workdir, or the config of that run"
+            )
+        if not resume:
+            raise ConfigError(
+                f"{workdir} already holds this run: add --resume to continue it, or choose another folder"
+            )
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise ConfigError(f"{workdir} is not empty and holds no run: choose an empty or new --workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {workdir} ({error.strerror}): choose another --workdir") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"another process is running in {workdir}: wait for it, or choose another folder"
+            ) from None
+        if not recorded.exists():
+            write_json(recorded, wanted)
+        yield
+
+
+@contextlib.contextmanager
+def open_tools(config: Config) -> Iterator[tuple[TaskStream, ToolBox]]:
+    """The task families and the tools that serve them; worker processes end with the context."""
+    with contextlib.ExitStack() as stack:
+        rollout = config.rollout
+        interpreter = stack.enter_context(
+            CodeInterpreter(
+                workers=rollout.interpreter_workers,
+                cpu_seconds=rollout.interpreter_seconds,
+                memory_mb=rollout.interpreter_memory_mb,
+            )
+        )
+        known = {
+            "wordmath": lambda: WordMath(interpreter, seed=config.seed, slack=config.tasks.slack),
+            "ledger": lambda: Ledger(seed=config.seed, slack=config.tasks.slack, noise=config.tasks.noise),
+        }
+        for name in config.tasks.families:
+            if name not in known:
+                raise ConfigError(f"unknown family {name!r} in tasks.families: there are {', '.join(known)}")
+        families = {name: known[name]() for name in config.tasks.families}
+        tools = {tool.name: tool for family in families.values() for tool in family.tools}
+        toolbox = stack.enter_context(ToolBox(tuple(tools.values()), workers=rollout.interpreter_workers))
+        yield TaskStream(families, config.tasks.difficulties, config.seed), toolbox
+
+
+def build_tokenizer(config: Config, workdir: pathlib.Path, stream: TaskStream, toolbox: ToolBox) -> Tokenizer:
+    """The run's tokenizer; a sentencepiece model is trained on demonstrations once and kept in the run folder."""
+    if config.tokenizer.kind == "byte":
+        tokenizer = ByteTokenizer()
+    else:
+        path = workdir / "tokenizer.model"
+        if not path.exists():
+            # Demonstrations are written as bytes first: their text is what the pieces are learned from.
+            chat = ChatFormat(ByteTokenizer(), tool_listing=config.tasks.chat_tools)
+            count = config.tokenizer.texts * len(config.tasks.families)
+            texts = [
+                t for trajectory in _demonstrate(config, chat, stream, toolbox, count) for t in _texts(chat, trajectory)
+            ]
+            partial = path.with_name("tokenizer.partial.model")
+            train_sentencepiece(texts, partial, config.tokenizer.vocab_size)
+            os.replace(partial, path)
+        tokenizer = SentencePieceTokenizer(path)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size={config.model.vocab_size}: "
+            f"set model.vocab_size to at least {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def build_environment(config: Config, tokenizer: Tokenizer, stream: TaskStream, toolbox: ToolBox) -> Environment:
+    chat = ChatFormat(tokenizer, tool_listing=config.tasks.chat_tools)
+    return Environment(stream.families, toolbox, chat, config.rollout.max_turn_tokens)
+
+
+def demonstration_rows(config: Config, environment: Environment, stream: TaskStream) -> tuple[Batch, int]:
+    """Packed demonstrations, numpy [N, T], and how many were left out for being longer than the context.
+
+    Raises:
+      ConfigError: If none fits.
+    """
+    count = config.sft.demonstrations * len(config.tasks.families)
+    trajectories = list(_demonstrate(config, environment.chat, stream, environment.toolbox, count))
+    fitting = [t for t in trajectories if len(t.ids()) <= config.sampler.context]
+    if not fitting:
+        shortest = min(len(t.ids()) for t in trajectories)
+        raise ConfigError(
+            f"no demonstration fits sampler.context={config.sampler.context} (the shortest has {shortest} tokens), so "
+            "there is nothing to learn from: raise sampler.context or choose lower tasks.difficulties"
+        )
+    order = np.random.default_rng(config.seed).permutation(len(fitting))
+    rows = pack([demonstration_example(fitting[i]) for i in order], config.sampler.context)
+    return rows, len(trajectories) - len(fitting)
+
+
+def _demonstrate(
+    config: Config, chat: ChatFormat, stream: TaskStream, toolbox: ToolBox, count: int
+) -> Iterator[Trajectory]:
+    tasks = [stream.task("train", n) for n in range(count)]
+    return demonstrations(stream.families, tasks, toolbox, chat, seed=config.seed, mistake_rate=config.sft.mistake_rate)
+
+
+def _texts(chat: ChatFormat, trajectory: Trajectory) -> Iterator[str]:
+    """The text between control ids, which is what the pieces of a tokenizer should cover."""
+    control = set(chat.tokenizer.control.values())
+    run: list[int] = []
+    for i in [*trajectory.ids().tolist(), next(iter(control))]:
+        if i not in control:
+            run.append(i)
+        elif run:
+            yield chat.tokenizer.decode(run)
+            run = []
+
+
+def provenance() -> dict:
+    """What a result has to say about where it was made: versions, commit, machine kind."""
+    import jax
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
+    )
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+    return {
+        "commit": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "devices": jax.device_count(),
+        "device_kind": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "processor": processor,
+    }

@@ -1,0 +1,300 @@
+"""Runs an experiment: cold start, then each algorithm from that start under the same rollout budget, then a report.
+
+    python -m experiments.run experiments/quickstart.py --workdir W [--set algo.eps_elc=0.0 ...] [--resume]
+
+Every stage picks up where its last checkpoint left it, so a run that was stopped at any moment goes on with --resume.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+import jax
+
+from elpo_jax.config import Config, ConfigError, load, override
+from elpo_jax.policy.loss import make_likelihood_loss, make_policy_loss
+from elpo_jax.policy.recipes import Recipe
+from elpo_jax.report.log import MetricsLog, read_json, read_metrics, write_json
+from elpo_jax.report.page import build_report
+from elpo_jax.report.progress import Progress
+from elpo_jax.rollout.agent import Environment
+from elpo_jax.rollout.sampler import Sampler
+from elpo_jax.tasks.stream import TaskStream
+from elpo_jax.train.checkpoint import CheckpointError, Checkpoints
+from elpo_jax.train.evaluate import Protocol, evaluate
+from elpo_jax.train.mesh import make_mesh
+from elpo_jax.train.rl import Learner, reference_logprobs, train_rl
+from elpo_jax.train.setup import (
+    build_environment,
+    build_tokenizer,
+    demonstration_rows,
+    open_tools,
+    open_workdir,
+    provenance,
+)
+from elpo_jax.train.sft import train_sft
+from elpo_jax.train.state import TrainState, init_state
+from elpo_jax.train.step import make_optimizer, make_train_step
+
+
+def run(config: Config, workdir: pathlib.Path, resume: bool = False) -> dict:
+    """Runs or continues the experiment in `workdir` and returns the content of results.json."""
+    began = time.perf_counter()
+    mesh = make_mesh(config.mesh)
+    with open_workdir(workdir, config, resume), jax.set_mesh(mesh), open_tools(config) as (stream, toolbox):
+        tokenizer = build_tokenizer(config, workdir, stream, toolbox)
+        environment = build_environment(config, tokenizer, stream, toolbox)
+        tests = {
+            family: [stream.family_task(family, "test", i) for i in range(config.eval.tasks)]
+            for family in stream.families
+        }
+        for task in (task for members in tests.values() for task in members):
+            environment.check(task, config.sampler.context)
+        sampler = Sampler(config.model, config.sampler, environment.chat.stop_ids, config.seed, mesh)
+        meta = {"config": config.name, "tokenizer": tokenizer.fingerprint}
+
+        begun = cold_start(config, workdir, mesh, environment, stream, meta)
+        measure(config, workdir, "sft", begun, environment, sampler, tests)
+        for recipe in config.recipes:
+            state = reinforce(config, recipe, workdir, mesh, begun, environment, stream, sampler, meta)
+            measure(config, workdir, recipe.name, state, environment, sampler, tests)
+        results = summarise(config, workdir, time.perf_counter() - began)
+        write_json(workdir / "results.json", results)
+        build_report(workdir)
+        return results
+
+
+def cold_start(config: Config, workdir, mesh, environment: Environment, stream: TaskStream, meta: dict) -> TrainState:
+    """SFT from scratch, or its last state."""
+    optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
+    state = init_state(config.model, optimizer, jax.random.key(config.seed), mesh)
+    checkpoints = Checkpoints(workdir / "sft" / "checkpoints")
+    start = checkpoints.latest() or 0
+    if start:
+        state, saved = checkpoints.restore(state, mesh)
+        start = int(saved["step"])
+        same_tokenizer(saved, meta)
+    log = MetricsLog(workdir / "sft" / "metrics.jsonl")
+    log.truncate_after(start)
+    if start < config.sft.steps:
+        began = time.perf_counter()
+        data, left_out = demonstration_rows(config, environment, stream)
+        seconds = time.perf_counter() - began
+        print(
+            f"{int(data.segments.max(axis=1).sum())} demonstrations in {data.tokens.shape[0]} rows of "
+            f"{config.sampler.context} tokens ({left_out} too long), {seconds:.0f} s",
+            flush=True,
+        )
+        step_fn = make_train_step(make_likelihood_loss(config.model), optimizer, mesh)
+        state = train_sft(
+            config.sft,
+            state,
+            step_fn,
+            data,
+            start=start,
+            seed=config.seed,
+            meta=meta,
+            checkpoints=checkpoints,
+            log=log,
+        )
+    return state
+
+
+def reinforce(
+    config: Config,
+    recipe: Recipe,
+    workdir: pathlib.Path,
+    mesh,
+    begun: TrainState,
+    environment: Environment,
+    stream: TaskStream,
+    sampler: Sampler,
+    meta: dict,
+) -> TrainState:
+    """One recipe's RL from the cold start, or from its last state."""
+    optimizer = make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.updates)
+    state = init_state(config.model, optimizer, jax.random.key(config.seed), mesh)
+    # A copy, since the train step donates its state and the next recipe starts from the same parameters.
+    state = state.replace(params=jax.tree.map(lambda x: x.copy(), begun.params))
+    folder = workdir / recipe.name
+    checkpoints = Checkpoints(folder / "checkpoints")
+    start = checkpoints.latest() or 0
+    if start:
+        state, saved = checkpoints.restore(state, mesh)
+        start = int(saved["step"])
+        same_tokenizer(saved, meta)
+    log = MetricsLog(folder / "metrics.jsonl")
+    log.truncate_after(start)
+
+    def validate(step: int) -> dict[str, float]:
+        tasks = {
+            f: [stream.family_task(f, "validation", i) for i in range(config.rl.eval_tasks)] for f in stream.families
+        }
+        protocol = protocol_of(config, "validation", config.rl.eval_tasks, config.rl.eval_k, config.rollout.temperature)
+        families = evaluate(recipe.name, tasks, protocol, environment, sampler, config.eval.bootstrap)["families"]
+        row = {}
+        for family, figures in families.items():
+            row[f"eval/{family}/avg@{protocol.k}"] = figures[f"avg@{protocol.k}"]
+            row[f"eval/{family}/ci_low"], row[f"eval/{family}/ci_high"] = figures["ci"]
+        return row
+
+    learner = Learner(
+        environment=environment,
+        sampler=sampler,
+        stream=stream,
+        first_task=config.sft.demonstrations * len(stream.families),
+        seed=config.seed,
+        temperature=config.rollout.temperature,
+        step_fn=make_train_step(make_policy_loss(config.model), optimizer, mesh),
+        reference_logp=reference_logprobs(config.model, begun.params, config.rollout.temperature)
+        if recipe.kl > 0
+        else None,
+        validate=validate,
+    )
+    return train_rl(
+        config.rl,
+        recipe,
+        learner,
+        state,
+        start=start,
+        meta=meta,
+        checkpoints=checkpoints,
+        log=log,
+        dumps=folder / "rollouts",
+    )
+
+
+def measure(config: Config, workdir, name: str, state: TrainState, environment: Environment, sampler, tests) -> None:
+    """Evaluates a stage's policy on the test split, once, into eval/NAME.json."""
+    path = workdir / "eval" / f"{name}.json"
+    if path.exists():
+        return
+    protocol = protocol_of(config, "test", config.eval.tasks, config.eval.k, config.eval.temperature)
+    began = time.perf_counter()
+    sampler.load(state.params, version=int(state.step))
+    attempts = config.eval.tasks * config.eval.k * len(tests)
+    with Progress(f"evaluating {name}", attempts) as progress:
+        figures = evaluate(
+            name,
+            tests,
+            protocol,
+            environment,
+            sampler,
+            config.eval.bootstrap,
+            lambda rollouts: progress.update(rollouts, rollouts=1),
+        )
+    figures["protocol_line"] = protocol.line()
+    figures["seconds"] = time.perf_counter() - began
+    for family, values in figures["families"].items():
+        low, high = values["ci"]
+        print(
+            f"{name:>8}  {family:<9} avg@{protocol.k} {values[f'avg@{protocol.k}']:.3f} [{low:.3f}, {high:.3f}]  "
+            f"({protocol.line()})",
+            flush=True,
+        )
+    write_json(path, figures)
+
+
+def protocol_of(config: Config, split: str, tasks: int, k: int, temperature: float) -> Protocol:
+    return Protocol(
+        split=split,
+        tasks_per_family=tasks,
+        k=k,
+        temperature=temperature,
+        seed=config.seed,
+        difficulties=config.tasks.difficulties,
+        slack=config.tasks.slack,
+        noise=config.tasks.noise,
+        max_turn_tokens=config.rollout.max_turn_tokens,
+        context=config.sampler.context,
+    )
+
+
+def same_tokenizer(saved: dict, meta: dict) -> None:
+    if saved["tokenizer"] != meta["tokenizer"]:
+        raise CheckpointError(
+            "the checkpoint was trained with another tokenizer than the run folder's tokenizer.model: restore that file"
+        )
+
+
+def summarise(config: Config, workdir: pathlib.Path, elapsed: float) -> dict:
+    """results.json from what the stages left on disk; `elapsed` is what this process took, in seconds."""
+    names = ["sft", *(recipe.name for recipe in config.recipes)]
+    evals = {name: read_json(workdir / "eval" / f"{name}.json") for name in names}
+    rows = {name: read_metrics(workdir / name / "metrics.jsonl") for name in names}
+    k = f"avg@{config.eval.k}"
+    totals = {
+        "rollouts": "rollout/rollouts",
+        "model_tokens": "rollout/model_tokens",
+        "tool_calls": "rollout/tool_calls",
+    }
+    seconds = {name: sum(row["seconds/step"] for row in rows[name]) for name in names}
+    seconds["eval"] = sum(figures["seconds"] for figures in evals.values())
+    seconds["total"] = max(elapsed, sum(seconds.values()))  # a resumed run: at least what its stages took
+    return {
+        "protocol": evals["sft"]["protocol"] | {"line": evals["sft"]["protocol_line"], "seed": config.seed},
+        "families": {
+            family: {
+                name: {key: figures["families"][family][key] for key in (k, "ci", "n")}
+                for name, figures in evals.items()
+            }
+            for family in config.tasks.families
+        },
+        "budget": {
+            name: {total: int(sum(row[key] for row in rows[name])) for total, key in totals.items()}
+            for name in names[1:]
+        },
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "provenance": provenance() | {"config": config.name, "seed": config.seed},
+    }
+
+
+def show(results: dict) -> None:
+    """The comparison, on the terminal."""
+    print(f"\nheld-out accuracy: {results['protocol']['line']}")
+    for family, by_name in results["families"].items():
+        for name, figures in by_name.items():
+            low, high = figures["ci"]
+            key = next(key for key in figures if key.startswith("avg@"))
+            budget = results["budget"].get(name)
+            spent = (
+                f"   {budget['rollouts']:,} rollouts, {budget['model_tokens']:,} model tokens, "
+                f"{budget['tool_calls']:,} tool calls"
+                if budget
+                else ""
+            )
+            print(
+                f"  {family:<9} {name:<6} {key} {100 * figures[key]:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]{spent}"
+            )
+    print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.run", description=__doc__.split("\n\n")[0])
+    parser.add_argument("experiment", help="a Python file with get_config()")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run; made if missing")
+    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--resume", action="store_true", help="continue the run that is in the folder")
+    options = parser.parse_args(arguments)
+    try:
+        config = override(load(options.experiment), options.assignments)
+        workdir = options.workdir.resolve()
+        # Before the first array: the number of CPU devices and the compile cache cannot change afterwards.
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+        if not jax.config.jax_compilation_cache_dir:
+            jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        show(run(config, workdir, options.resume))
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    print(f"open {workdir / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""Builds the folder of a run as the loops write it, with made-up but plausible content, for the tests of the report.
+
+Attempts are drawn from a toy world in which a fatal step loses the task for good, so the trees have the structure of
+real ones: roots, a binary search in a failed one, probes, credit. Run as a script it writes a folder to look at:
+`python tests/report_fixture.py FOLDER`.
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+FAMILIES = ("ledger", "wordmath")
+TOOLS = {"ledger": ("balance", "transfer", "spend", "close_account"), "wordmath": ("code_interpreter",)}
+
+
+def build_run(
+    folder: Path, *, seed: int = 0, dumps: tuple[int, ...] = (1, 20, 40), tasks: int = 8, budget: int = 8
+) -> Path:
+    """Writes a finished run: sft, grpo and elpo with metrics, dumps of `tasks` trees, evaluations and results."""
+    rng = np.random.default_rng(seed)
+    write(folder / "config.json", CONFIG)
+    final = {"sft": (0.41, 0.48), "grpo": (0.62, 0.66), "elpo": (0.79, 0.74)}
+    evaluations = {name: evaluation(name, accuracies, rng) for name, accuracies in final.items()}
+    for name, value in evaluations.items():
+        write(folder / "eval" / f"{name}.json", value)
+    write(folder / "results.json", results(evaluations))
+    write_rows(folder / "sft" / "metrics.jsonl", sft_rows(rng))
+    for stage, gain in (("grpo", 0.22), ("elpo", 0.34)):
+        write_rows(folder / stage / "metrics.jsonl", rl_rows(stage, gain, rng))
+        for dump in dumps:
+            trees = [tree(stage, dump, FAMILIES[i % 2], i, rng, 0.3 + dump / 100, budget) for i in range(tasks)]
+            write_rows(folder / stage / "rollouts" / f"step_{dump:06d}.jsonl", trees)
+    return folder
+
+
+def write(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+CONFIG = {
+    "name": "quickstart",
+    "seed": 17,
+    "tasks": {"families": list(FAMILIES), "difficulties": [2, 3, 4], "slack": 2, "noise": 0.0},
+    "model": {"vocab_size": 512, "d_model": 96, "layers": 3, "dtype": "float32"},
+    "rollout": {"temperature": 1.0, "max_turn_tokens": 64},
+    "sft": {"demonstrations": 6000, "steps": 300, "optimizer": {"lr": 0.003}},
+    "algo": {"name": "elpo", "search": {"budget": 16, "localizer": "binary"}, "lambda_tree": 0.5, "eps_elc": 0.115},
+    "against": [{"name": "grpo", "search": {"budget": 16, "localizer": "none"}, "lambda_tree": 0.0, "eps_elc": 0.0}],
+    "rl": {"steps": 40, "prompts": 16, "updates": 4, "eval_tasks": 32, "eval_k": 4},
+    "eval": {"tasks": 200, "k": 8, "temperature": 1.0},
+}
+PROTOCOL = {
+    "split": "test",
+    "tasks_per_family": 200,
+    "k": 8,
+    "temperature": 1.0,
+    "seed": 17,
+    "checker": "exact number; goal against the final database",
+    "majority_ties": "first answer given",
+    "interval": "95 % percentile bootstrap over tasks",
+}
+LINE = "test split, 200 tasks per family, k=8, temperature 1, seed 17; 95 % percentile bootstrap over tasks"
+
+
+PROVENANCE = {"commit": "3f9c2d1", "python": "3.11.9", "jax": "0.10.2", "backend": "cpu", "devices": 2} | {
+    "device_kind": "cpu",
+    "cores": 2,
+    "processor": "a laptop",
+    "config": "quickstart",
+    "seed": 17,
+}
+
+
+def evaluation(name: str, accuracies: tuple[float, float], rng: np.random.Generator) -> dict:
+    families = {}
+    for family, x in zip(FAMILIES, accuracies, strict=True):
+        levels = {}
+        for level in (2, 3, 4, 5):
+            y = float(np.clip(x + 0.12 * (3 - level) + rng.normal(0, 0.02), 0.02, 0.98))
+            levels[str(level)] = {"avg@8": y, "ci": [max(0.0, y - 0.06), min(1.0, y + 0.06)], "n": 50}
+        families[family] = {
+            "avg@8": x,
+            "ci": [x - 0.035, x + 0.034],
+            "n": 200,
+            "pass@8": {"value": min(1.0, x + 0.21), "ci": [x + 0.17, min(1.0, x + 0.25)]},
+            "maj@8": {"value": x + 0.06, "ci": [x + 0.01, x + 0.11]},
+            "by_difficulty": levels,
+            "tool_calls": 2.9 + rng.random(),
+            "tokens": 118 + 20 * rng.random(),
+            "status": {"ok": 4100, "error": 310, "malformed": 44, "empty": 12},
+            "finish": {"answer": 1531, "max_steps": 60, "length": 9},
+        }
+    return {"name": name, "protocol": PROTOCOL, "protocol_line": LINE, "seconds": 16.2, "families": families}
+
+
+def results(evaluations: dict[str, dict]) -> dict:
+    families = {
+        family: {
+            name: {key: value["families"][family][key] for key in ("avg@8", "ci", "n")}
+            for name, value in evaluations.items()
+        }
+        for family in FAMILIES
+    }
+    return {
+        "protocol": {**PROTOCOL, "line": LINE},
+        "families": families,
+        "budget": {
+            "grpo": {"rollouts": 10240, "model_tokens": 1238771, "tool_calls": 30412},
+            "elpo": {"rollouts": 10240, "model_tokens": 912034, "tool_calls": 22871},
+        },
+        "seconds": {"sft": 61.2, "grpo": 171.0, "elpo": 166.4, "eval": 48.8, "total": 447.4},
+        "provenance": PROVENANCE,
+    }
+
+
+def sft_rows(rng: np.random.Generator, steps: int = 300) -> list[dict]:
+    rows = []
+    for step in range(1, steps + 1):
+        loss = 0.12 + 5.5 * float(np.exp(-step / 40)) + rng.normal(0, 0.03)
+        row = {"step": step, "loss": loss, "lr": 1e-3 * min(1, step / 20), "grad_norm": 0.4 + rng.random() / 4}
+        rows.append({**row, "tokens": 4096, "tokens_per_s": 21000 + 900 * rng.random()})
+        if step % 100 == 0:
+            rows.append({"step": step, **validation(0.1 + step / 900)})
+    return rows
+
+
+def validation(x: float) -> dict:
+    out = {}
+    for family, shift in zip(FAMILIES, (0.0, 0.05), strict=True):
+        out |= {f"eval/{family}/avg@4": x + shift, f"eval/{family}/ci_low": x + shift - 0.05}
+        out |= {f"eval/{family}/ci_high": x + shift + 0.05}
+    return out
+
+
+def rl_rows(stage: str, gain: float, rng: np.random.Generator, steps: int = 40) -> list[dict]:
+    rows = []
+    for step in range(1, steps + 1):
+        progress = gain * (1 - float(np.exp(-step / 15)))
+        noise = rng.normal(0, 0.03, 3)
+        row = {
+            "step": step,
+            "rollout/success": 0.38 + progress + noise[0],
+            "rollout/root_success": 0.42 + progress + noise[0],
+            "rollout/root_success/ledger": 0.40 + progress + noise[1],
+            "rollout/root_success/wordmath": 0.45 + progress + noise[2],
+            "rollout/model_tokens": int(22000 + 3000 * rng.random()),
+            "rollout/tool_calls": int(570 + 40 * rng.random()),
+            "status/ok": 0.9,
+            "status/error": 0.08,
+            "tree/mixed": 0.5 + noise[0],
+            "loss": noise[1] / 10,
+            "loss/clip_low": 0.01 + abs(noise[2]) / 4,
+            "loss/clip_high": 0.008 + abs(noise[1]) / 4,
+            "loss/relaxed_only": 0.004 + abs(noise[0]) / 9 if stage == "elpo" else 0.0,
+            "loss/entropy": 0.42 - 0.2 * progress + noise[0] / 9,
+            "loss/mismatch_mean": 2e-6 * rng.random(),
+            "loss/mismatch_max": 3e-5 * rng.random(),
+            "loss/first_ratio_deviation_max": 4e-6 * rng.random(),
+            "grad_norm": 0.3 + rng.random() / 5,
+            "seconds/collect": 2.9 + rng.random(),
+            "seconds/update": 0.9 + rng.random() / 4,
+        }
+        rows.append(row)
+        if step % 10 == 0:
+            rows.append({"step": step, **validation(0.42 + progress)})
+    return rows
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+
+
+def tree(
+    stage: str, rl_step: int, family: str, number: int, rng: np.random.Generator, skill: float, budget: int = 8
+) -> dict:
+    """One tree of `budget` rollouts as its JSON line."""
+    world = {"family": family, "number": number, "calls": int(rng.integers(2, 5)), "skill": skill, "budget": budget}
+    leaves: list[dict] = []
+    searches = []
+    if stage == "grpo":
+        leaves = [attempt(world, None, 0, [], rng) for _ in range(budget)]
+    while len(leaves) < budget:
+        roots = range(len(leaves), min(budget, len(leaves) + 3))
+        leaves += [attempt(world, None, 0, [], rng) for _ in roots]
+        failed = [i for i in roots if not leaves[i]["success"]]
+        if failed and len(leaves) < budget:
+            searches.append(search(world, leaves, failed[0], rng))
+    return assemble(stage, rl_step, world, leaves, searches)
+
+
+def search(world: dict, leaves: list[dict], index: int, rng: np.random.Generator) -> dict:
+    """The inclusive binary search for the first irrecoverable step of an attempt; adds its probes to the leaves."""
+    path = leaves[index]["path"]
+    low, high, probes = 1, len(path) - 1, []
+    while low <= high and len(leaves) < world["budget"]:
+        middle = (low + high) // 2
+        planned = int(rng.integers(1, 4))
+        new = range(len(leaves), min(world["budget"], len(leaves) + planned))
+        leaves += [attempt(world, index, middle, path[:middle], rng) for _ in new]
+        probes.append({"step": middle, "leaves": list(new), "planned": planned})
+        low, high = (middle + 1, high) if any(leaves[i]["success"] for i in new) else (low, middle - 1)
+    return {"leaf": index, "localizer": "binary", "first_failure": low, "verified": low > high, "probes": probes}
+
+
+def attempt(world: dict, parent: int | None, anchor: int, prefix: list[dict], rng: np.random.Generator) -> dict:
+    """An attempt that goes on after the steps of `prefix`; once a step is fatal, it fails."""
+    path = list(prefix)
+    lost = any(step["fatal"] for step in path)
+    while sum(not step["fault"] for step in path) < world["calls"] and len(path) < 7:
+        fault = rng.random() < 0.14
+        fatal = not fault and not lost and rng.random() > world["skill"] ** (1 / world["calls"])
+        lost = lost or fatal
+        path.append(tool_step(world, len(path), fault, fatal, rng))
+    cut = sum(not step["fault"] for step in path) < world["calls"]
+    if not cut:
+        path.append(answer_step(world, lost, rng))
+    finish = "max_steps" if cut else "answer"
+    success = not lost and not cut
+    reason = "correct" if success else "no answer" if cut else "wrong answer"
+    return {"parent": parent, "anchor": anchor, "path": path, "finish": finish} | {
+        "success": success,
+        "reward": float(success),
+        "reason": reason,
+    }
+
+
+def tool_step(world: dict, position: int, fault: bool, fatal: bool, rng: np.random.Generator) -> dict:
+    """One assistant turn with its tool call; about one fault in three cannot even be parsed."""
+    name = str(rng.choice(TOOLS[world["family"]]))
+    amount = int(rng.integers(3, 60))
+    if name == "code_interpreter":
+        code = f"price = {amount}\nboxes = {position + 2}\n" + ("print(price / 0)" if fault else "print(price * boxes)")
+        arguments = {"code": code}
+    else:
+        arguments = {"account": f"A{position + 1}", "amount": amount, "dry_run": False}
+    text = f"{'I try again. ' if position and fault else ''}Step {position + 1}: I ask the tool for the next amount.\n"
+    text += f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call><|im_end|>"
+    call, result = {"name": name, "arguments": arguments}, {"status": "ok", "text": f"{amount * 3}.00", "detail": ""}
+    if fault and rng.random() < 0.35:
+        call = None
+        result = {"status": "malformed", "text": "Error: the call is not valid JSON.", "detail": "json"}
+        text = text.replace("}}</tool_call>", "}</tool_call>")
+    elif fault:
+        status = str(rng.choice(["error", "timeout", "empty", "unknown_tool", "memory", "output_limit"]))
+        result = {"status": status, "text": f"Error: {status} in {name}", "detail": "ZeroDivisionError"}
+    return step(text, call, result, rng, fault=fault, fatal=fatal)
+
+
+def answer_step(world: dict, lost: bool, rng: np.random.Generator) -> dict:
+    value = world["number"] * 7 + (3 if lost else 0)
+    return step(f"The answer is \\boxed{{{value}}}.<|im_end|>", None, None, rng, fault=False, fatal=False)
+
+
+def step(text: str, call: dict | None, result: dict | None, rng: np.random.Generator, **flags: bool) -> dict:
+    tokens = re.findall(r"<[^<>\s]+>|\s?\w{1,5}|\s|[^\w\s]", text)
+    assert "".join(tokens) == text, (tokens, text)
+    entropies = rng.gamma(0.5, 0.5, len(tokens)).round(4)
+    return {
+        "text": text,
+        "ids": [7 + sum(token.encode("utf-8", "surrogatepass")) % 1000 for token in tokens],
+        "tokens": tokens,
+        "logprobs": [-float(value) for value in (rng.gamma(0.4, 0.8, len(tokens)) * entropies).round(4)],
+        "entropies": entropies.tolist(),
+        "call": call,
+        "result": result,
+        "response_ids": None if result is None else [1, 2, 3],
+        **flags,
+    }
+
+
+def assemble(stage: str, rl_step: int, world: dict, leaves: list[dict], searches: list[dict]) -> dict:
+    """The JSON of a tree: nodes shared by identity of the steps, and the credit of the paper's equations 6 to 9."""
+    nodes: dict[int, dict] = {}
+    for number, leaf in enumerate(leaves):
+        parent = None
+        for position, one in enumerate(leaf["path"], 1):
+            node = nodes.setdefault(
+                id(one), {"id": f"s{position}:{number}", "step": position, "parent": parent, "leaves": []}
+            )
+            node["leaves"].append(number)
+            parent = node["id"]
+    credit(list(nodes.values()), leaves)
+    written = []
+    for leaf in leaves:
+        path, own = leaf["path"], leaf["path"][leaf["anchor"] :]
+        failed = [i for i, one in enumerate(path, 1) if all(not leaves[j]["success"] for j in nodes[id(one)]["leaves"])]
+        steps = [
+            {"node": nodes[id(one)]["id"], **{key: one[key] for key in one if key not in ("fault", "fatal")}}
+            for one in own
+        ]
+        recovered = [i for i, one in enumerate(path, 1) if one["fault"] and (leaf["success"] or i < failed[0])]
+        facts = {key: leaf[key] for key in ("parent", "anchor", "finish", "success", "reward", "reason")}
+        first = 0 if leaf["success"] else failed[0]
+        written.append({**facts, "first_failure": first, "recovered": recovered, "steps": steps})
+    task_id = f"{world['family']}/train/{rl_step * 100 + world['number']:05d}"
+    prompt = f"Solve problem {world['number']} in at most 7 calls. A crate holds 12 boxes; every third one is empty."
+    task = {"id": task_id, "uid": rl_step * 100 + world["number"], "family": world["family"], "prompt": prompt}
+    task |= {"answer": str(world["number"] * 7), "max_steps": 7, "difficulty": world["calls"], "meta": {}}
+    text = f"<|im_start|>system\nTools: {', '.join(TOOLS[world['family']])}<|im_end|>\n"
+    text += f"<|im_start|>user\n{prompt}<|im_end|>\n"
+    return {
+        "format": 1,
+        "rl_step": rl_step,
+        "recipe": stage,
+        "task": task,
+        "prompt": {"ids": [1, 2, 3], "text": text + "<|im_start|>assistant\n"},
+        "leaves": written,
+        "searches": searches,
+        "nodes": list(nodes.values()),
+    }
+
+
+def credit(nodes: list[dict], leaves: list[dict]) -> None:
+    """Fills in "value", "branch", "trajectory" and "advantage" (lambda 0.5); in `nodes` children follow parents."""
+    rewards = [leaf["reward"] for leaf in leaves]
+    children: dict[str | None, list[dict]] = {}
+    for node in nodes:
+        children.setdefault(node["parent"], []).append(node)
+    for node in reversed(nodes):
+        below = [child["value"] for child in children.get(node["id"], [])]
+        node["value"] = statistics.fmean(below or [rewards[leaf] for leaf in node["leaves"]])
+    branch: dict[str | None, float] = {None: 0.0}
+    for node in nodes:
+        siblings = [sibling["value"] for sibling in children[node["parent"]]]
+        inherited = branch[node["parent"]]
+        node["branch"] = branch[node["id"]] = standard(node["value"], siblings) if len(siblings) > 1 else inherited
+        node["trajectory"] = statistics.fmean(standard(rewards[leaf], rewards) for leaf in node["leaves"])
+        node["advantage"] = 0.5 * node["branch"] + 0.5 * node["trajectory"]
+
+
+def standard(x: float, values: list[float]) -> float:
+    return (x - statistics.fmean(values)) / (statistics.pstdev(values) + 1e-6)
+
+
+if __name__ == "__main__":
+    build_run(Path(sys.argv[1]), tasks=16, budget=16)

@@ -1,0 +1,223 @@
+"""Packing loses nothing, weights are what the equations say, and every token gets the credit of its node."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from factories import make_trajectory, make_tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy_loss import random_examples
+from test_golden import FIGURE, figure_tree
+
+from elpo_jax.policy.batch import (
+    Example,
+    demonstration_example,
+    drop_flat,
+    empty,
+    first_fit_decreasing,
+    normalise,
+    pack,
+    policy_examples,
+    stack,
+)
+from elpo_jax.policy.credit import assign
+from elpo_jax.policy.recipes import elpo
+from elpo_jax.tools.base import Status
+from elpo_jax.trees.trajectory import Author, Segment
+
+FIELDS = ("tokens", "steps", "behaviour_logp", "branch", "trajectory", "weight")
+
+
+def example_of(steps, leaves=None, **fields) -> Example:
+    steps = np.array(steps, np.int32)
+    zeros = np.zeros(len(steps), np.float32)
+    leaves = np.ones(len(steps), np.int32) if leaves is None else np.array(leaves, np.int32)
+    return Example(
+        **{"task": "t", "tokens": steps, "steps": steps, "first_failure": 0, "behaviour_logp": zeros}
+        | {"branch": zeros, "trajectory": zeros, "leaves": leaves}
+        | fields
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 30), st.integers(25, 80))
+def test_packing_loses_and_mixes_nothing(seed, count, length):
+    examples = random_examples(np.random.default_rng(seed), count)
+    if count:
+        examples = normalise(examples, elpo(), 1.0)
+    batch = pack(examples, length)
+    found = {}
+    for row in range(batch.tokens.shape[0]):
+        numbers = batch.segments[row]
+        for segment in range(1, numbers.max() + 1):
+            (where,) = np.nonzero(numbers == segment)
+            assert list(where) == list(range(where[0], where[-1] + 1))  # contiguous
+            np.testing.assert_array_equal(batch.positions[row, where], np.arange(len(where)))
+            found[int(batch.tokens[row, where[0]])] = (row, where)
+    for example in examples:
+        row, where = found.pop(int(example.tokens[0]))
+        for name in FIELDS:
+            np.testing.assert_array_equal(getattr(batch, name)[row, where], getattr(example, name))
+        assert set(batch.first_failure[row, where]) == {example.first_failure}
+    assert not found
+    padding = batch.segments == 0
+    for name, blank in {"tokens": 0, "positions": -1, "steps": 0, "first_failure": 0, "weight": 0}.items():
+        assert np.all(getattr(batch, name)[padding] == blank)
+    again = pack(examples, length)
+    assert all(np.array_equal(getattr(batch, f.name), getattr(again, f.name)) for f in dataclasses.fields(batch))
+
+
+def test_first_fit_decreasing_by_hand():
+    # 7 | 6 | 5 5 | then 4 goes behind the 6, and 3 behind the 7. The two 5s keep their order.
+    assert first_fit_decreasing([3, 7, 5, 5, 4, 6], 10) == [[1, 0], [5, 4], [2, 3]]
+    assert first_fit_decreasing([], 10) == []
+
+
+def test_a_trajectory_that_does_not_fit_is_named():
+    (long,) = normalise([example_of([0, *[1] * 9], task="ledger/train/7")], elpo(), 1.0)
+    assert pack([long], 10).tokens.shape == (1, 10)
+    with pytest.raises(
+        ValueError, match=r"ledger/train/7.* 10 tokens does not fit into rows of 9; raise the row length"
+    ):
+        pack([long], 9)
+
+
+def test_weights_are_not_forgotten():
+    with pytest.raises(ValueError, match="call normalise"):
+        pack([example_of([0, 1])], 4)
+    with pytest.raises(ValueError, match="no model token"):
+        normalise([example_of([0, 0])], elpo(), 1.0)
+
+
+def test_the_first_token_cannot_be_the_models():
+    with pytest.raises(ValueError, match="begin every trajectory with a prompt"):
+        example_of([1, 1])
+
+
+def test_weights_by_hand():
+    # Two leaves of one tree share step 1 (2 tokens); the first goes on with 2 tokens, the second with 4.
+    examples = [
+        example_of([0, 1, 1, 0, 2, 2], leaves=[1, 2, 2, 1, 1, 1]),
+        example_of([0, 1, 1, 0, 2, 2, 2, 2], leaves=[1, 2, 2, 1, 1, 1, 1, 1]),
+    ]
+    wanted = {
+        # 1/2 of the mean over 4, and of the mean over 6 tokens.
+        ("sequence", "per_leaf"): ([0, 1 / 8, 1 / 8, 0, 1 / 8, 1 / 8], [0, *[1 / 12] * 2, 0, *[1 / 12] * 4]),
+        # 10 token terms.
+        ("token", "per_leaf"): ([0, 0.1, 0.1, 0, 0.1, 0.1], [0, 0.1, 0.1, 0, *[0.1] * 4]),
+        ("constant", "per_leaf"): ([0, 0.05, 0.05, 0, 0.05, 0.05], [0, 0.05, 0.05, 0, *[0.05] * 4]),
+        # Weighted means over 2 * 1/2 + 2 = 3 and 2 * 1/2 + 4 = 5 tokens.
+        ("sequence", "once"): ([0, 1 / 12, 1 / 12, 0, 1 / 6, 1 / 6], [0, *[1 / 20] * 2, 0, *[1 / 10] * 4]),
+        # 8 different tokens; the shared ones have 1/8 together.
+        ("token", "once"): ([0, 1 / 16, 1 / 16, 0, 1 / 8, 1 / 8], [0, *[1 / 16] * 2, 0, *[1 / 8] * 4]),
+        ("constant", "once"): ([0, 0.025, 0.025, 0, 0.05, 0.05], [0, *[0.025] * 2, 0, *[0.05] * 4]),
+    }
+    for (normalisation, prefix_weight), rows in wanted.items():
+        recipe = elpo(normalisation=normalisation, prefix_weight=prefix_weight)
+        for example, row in zip(normalise(examples, recipe, constant=10.0), rows, strict=True):
+            np.testing.assert_allclose(example.weight, row, rtol=1e-6, err_msg=f"{normalisation} {prefix_weight}")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["sequence", "token"]), st.sampled_from(["per_leaf", "once"]))
+def test_means_have_total_weight_one(seed, normalisation, prefix_weight):
+    examples = random_examples(np.random.default_rng(seed), 7)
+    weighted = normalise(examples, elpo(normalisation=normalisation, prefix_weight=prefix_weight), 1.0)
+    assert sum(float(e.weight.sum()) for e in weighted) == pytest.approx(1.0, rel=1e-5)
+    assert all(not np.any(e.weight[e.steps == 0]) for e in weighted)
+    if normalisation == "sequence":
+        assert [float(e.weight.sum()) for e in weighted] == pytest.approx([1 / 7] * 7, rel=1e-5)
+
+
+def test_flat_examples_are_dropped_but_stay_counted():
+    signal = np.array([0, 1, 1], np.float32)
+    flat, branch, trajectory = (
+        example_of([0, 1, 1]),
+        example_of([0, 1, 1], branch=signal),
+        example_of([0, 1, 1], trajectory=-signal),
+    )
+    examples = normalise([flat, branch, trajectory], elpo(), 1.0)
+    kept = drop_flat(examples, kl=0.0)
+    assert kept == examples[1:]
+    assert [list(e.weight) for e in kept] == [pytest.approx([0, 1 / 6, 1 / 6])] * 2  # 1/3 each, not 1/2
+    assert drop_flat(examples, kl=0.1) == examples
+
+
+def test_stacking_pads_with_rows_that_count_nothing():
+    examples = normalise(random_examples(np.random.default_rng(0), 40), elpo(), 1.0)
+    rows = pack(examples, 25)
+    for micro_rows in (1, 3, 4, 64):
+        batch = stack(rows, micro_rows)
+        count = batch.tokens.shape[0]
+        assert batch.tokens.shape == (count, micro_rows, 25)
+        assert count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) and count * micro_rows >= len(rows.tokens)
+        assert count == 1 or 3 * (count - -(-len(rows.tokens) // micro_rows)) < count
+        for field in dataclasses.fields(batch):
+            flat = getattr(batch, field.name).reshape(-1, 25)
+            np.testing.assert_array_equal(flat[: len(rows.tokens)], getattr(rows, field.name))
+            np.testing.assert_array_equal(
+                flat[len(rows.tokens) :], getattr(empty(len(flat) - len(rows.tokens), 25), field.name)
+            )
+    assert stack(pack([], 25), 4).tokens.shape == (1, 4, 25)
+
+
+def test_every_token_of_the_paper_figure_has_the_credit_of_its_node():
+    tree = figure_tree()
+    examples = policy_examples(tree, assign(tree, elpo()))
+    assert len(examples) == 16
+    checked = 0
+    for number, (leaf, example) in enumerate(zip(tree.leaves, examples, strict=True)):
+        np.testing.assert_array_equal(example.tokens, leaf.trajectory.ids())
+        np.testing.assert_array_equal(example.behaviour_logp, leaf.trajectory.logprobs())
+        start = len(leaf.trajectory.prompt)
+        assert not np.any(example.steps[:start])
+        for step, node in zip(leaf.trajectory.steps, (tree.nodes()[i] for i in tree.path(number)), strict=True):
+            turn = slice(start, start + len(step.turn))
+            assert set(example.steps[turn]) == {node.step} and set(example.leaves[turn]) == {len(node.leaves)}
+            if node.id in FIGURE["nodes"]:
+                _, branch, trajectory, _ = FIGURE["nodes"][node.id]
+                np.testing.assert_allclose(example.branch[turn], branch, atol=1e-3)
+                np.testing.assert_allclose(example.trajectory[turn], trajectory, atol=1e-3)
+                checked += 1
+            start = turn.stop
+            for name in ("steps", "branch", "trajectory"):  # the tool's answer has no step and no credit
+                assert not np.any(getattr(example, name)[start : start + len(step.response or ())])
+            start += len(step.response or ())
+        assert start == len(example.tokens)
+    assert checked > 29  # shared nodes are seen once per leaf
+    wrong = {leaf: int(node.split(":")[0][1:]) for node, leaves in FIGURE["first_wrong"].items() for leaf in leaves}
+    assert [example.first_failure for example in examples] == [wrong.get(leaf, 0) for leaf in range(16)]
+
+
+def test_number_of_token_terms_on_the_paper_figure():
+    tree = figure_tree()
+    examples = policy_examples(tree, assign(tree, elpo()))
+    terms = {}
+    for prefix_weight in ("per_leaf", "once"):
+        weighted = normalise(examples, elpo(normalisation="constant", prefix_weight=prefix_weight), constant=1 / 16)
+        terms[prefix_weight] = sum(float(example.weight.sum()) for example in weighted)
+    tokens = [[len(step.turn) for step in leaf.trajectory.steps] for leaf in tree.leaves]
+    assert terms["per_leaf"] == pytest.approx(sum(map(sum, tokens)))
+    assert terms["once"] == pytest.approx(sum(tokens[n.leaves[0]][n.step - 1] for n in tree.nodes()))
+    assert terms["per_leaf"] > terms["once"] == pytest.approx(2 * 31)
+
+
+def test_only_sampled_trajectories_train_a_policy():
+    tree = make_tree([(None, 0, 1, True), (None, 0, 1, False)])
+    step = tree.leaves[1].trajectory.steps[1]
+    silent = dataclasses.replace(step, turn=Segment(Author.MODEL, step.turn.ids))
+    trajectory = dataclasses.replace(tree.leaves[1].trajectory, steps=(tree.leaves[1].trajectory.steps[0], silent))
+    leaves = (tree.leaves[0], dataclasses.replace(tree.leaves[1], trajectory=trajectory))
+    broken = dataclasses.replace(tree, leaves=leaves)
+    with pytest.raises(ValueError, match=r"toy/train/7: leaf 1 has model tokens without log-probabilities"):
+        policy_examples(broken, assign(broken, elpo()))
+
+
+def test_demonstrations_weigh_one_per_model_token():
+    trajectory = make_trajectory([Status.ERROR, Status.OK], success=True)
+    example = demonstration_example(trajectory, "wordmath/train/3")
+    np.testing.assert_array_equal(example.tokens, trajectory.ids())
+    np.testing.assert_array_equal(example.weight, trajectory.step_ids() > 0)
+    assert example.weight.sum() == sum(len(step.turn) for step in trajectory.steps)
+    assert pack([example], 32).weight.sum() == example.weight.sum()
