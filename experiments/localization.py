@@ -285,7 +285,7 @@ def save(
     folder: pathlib.Path, settings: Settings, trials: Sequence[Trial], rows: Sequence[dict], provenance: dict
 ) -> None:
     """Writes localization.json, .md and .png."""
-    truth = {str(k): collections.Counter(str(t.truth) for t in trials if t.length == k) for k in LENGTHS}
+    truth = {str(k): collections.Counter(sorted(t.truth for t in trials if t.length == k)) for k in LENGTHS}
     config = {"task": "ledger", **dataclasses.asdict(settings), "lengths": list(LENGTHS), "blunder_rate": BLUNDER_RATE}
     record = {"config": config, "provenance": provenance, "first_irrecoverable_by_k": truth, "rows": rows}
     write_json(folder / "localization.json", record)

@@ -6,6 +6,7 @@ Every stage picks up where its last checkpoint left it, so a run that was stoppe
 """
 
 import argparse
+import contextlib
 import pathlib
 import sys
 import time
@@ -13,7 +14,7 @@ import time
 import jax
 
 from elpo_jax.config import Config, ConfigError, load, override
-from elpo_jax.policy.loss import make_likelihood_loss, make_policy_loss
+from elpo_jax.policy.loss import make_loss, make_logprobs
 from elpo_jax.policy.recipes import Recipe
 from elpo_jax.report.log import MetricsLog, read_json, read_metrics, write_json
 from elpo_jax.report.page import build_report
@@ -33,31 +34,38 @@ from elpo_jax.train.setup import (
     open_workdir,
     provenance,
 )
-from elpo_jax.train.sft import train_sft
+from elpo_jax.train.sft import make_sft_loss, train_sft
 from elpo_jax.train.state import TrainState, init_state
-from elpo_jax.train.step import make_optimizer, make_train_step
+from elpo_jax.train.step import Optimizer, make_optimizer, make_train_step
 
 
 def run(config: Config, workdir: pathlib.Path, resume: bool = False) -> dict:
     """Runs or continues the experiment in `workdir` and returns the content of results.json."""
     began = time.perf_counter()
-    mesh = make_mesh(config.mesh)
-    with open_workdir(workdir, config, resume), jax.set_mesh(mesh), open_tools(config) as (stream, toolbox):
-        tokenizer = build_tokenizer(config, workdir, stream, toolbox)
-        environment = build_environment(config, tokenizer, stream, toolbox)
-        tests = {
-            family: [stream.family_task(family, "test", i) for i in range(config.eval.tasks)]
-            for family in stream.families
-        }
-        for task in (task for members in tests.values() for task in members):
-            environment.check(task, config.sampler.context)
-        sampler = Sampler(config.model, config.sampler, environment.chat.stop_ids, config.seed, mesh)
+    with contextlib.ExitStack() as stack:
+        # Everything that can be wrong with a config shows before the first step: what it raises is for the user.
+        with bad_values_are_config_errors():
+            mesh = make_mesh(config.mesh)
+            stack.enter_context(open_workdir(workdir, config, resume))
+            stack.enter_context(jax.set_mesh(mesh))
+            stream, toolbox = stack.enter_context(open_tools(config))
+            tokenizer = build_tokenizer(config, workdir, stream, toolbox)
+            environment = build_environment(config, tokenizer, stream, toolbox)
+            tests = {
+                family: [stream.family_task(family, "test", i) for i in range(config.eval.tasks)]
+                for family in stream.families
+            }
+            for task in (task for members in tests.values() for task in members):
+                environment.check(task, config.sampler.context)
+            sampler = Sampler(config.model, config.sampler, environment.chat.stop_ids, config.seed, mesh)
+            sft_optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
+            rl_optimizer = make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.updates)
         meta = {"config": config.name, "tokenizer": tokenizer.fingerprint}
 
-        begun = cold_start(config, workdir, mesh, environment, stream, meta)
+        begun = cold_start(config, workdir, mesh, sft_optimizer, environment, stream, meta)
         measure(config, workdir, "sft", begun, environment, sampler, tests)
         for recipe in config.recipes:
-            state = reinforce(config, recipe, workdir, mesh, begun, environment, stream, sampler, meta)
+            state = reinforce(config, recipe, workdir, mesh, rl_optimizer, begun, environment, stream, sampler, meta)
             measure(config, workdir, recipe.name, state, environment, sampler, tests)
         results = summarise(config, workdir, time.perf_counter() - began)
         write_json(workdir / "results.json", results)
@@ -65,9 +73,18 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False) -> dict:
         return results
 
 
-def cold_start(config: Config, workdir, mesh, environment: Environment, stream: TaskStream, meta: dict) -> TrainState:
+@contextlib.contextmanager
+def bad_values_are_config_errors():
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def cold_start(
+    config: Config, workdir, mesh, optimizer: Optimizer, environment: Environment, stream: TaskStream, meta: dict
+) -> TrainState:
     """SFT from scratch, or its last state."""
-    optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
     state = init_state(config.model, optimizer, jax.random.key(config.seed), mesh)
     checkpoints = Checkpoints(workdir / "sft" / "checkpoints")
     start = checkpoints.latest() or 0
@@ -86,7 +103,7 @@ def cold_start(config: Config, workdir, mesh, environment: Environment, stream: 
             f"{config.sampler.context} tokens ({left_out} too long), {seconds:.0f} s",
             flush=True,
         )
-        step_fn = make_train_step(make_likelihood_loss(config.model), optimizer, mesh)
+        step_fn = make_train_step(make_sft_loss(config.model), optimizer, mesh)
         state = train_sft(
             config.sft,
             state,
@@ -106,6 +123,7 @@ def reinforce(
     recipe: Recipe,
     workdir: pathlib.Path,
     mesh,
+    optimizer: Optimizer,
     begun: TrainState,
     environment: Environment,
     stream: TaskStream,
@@ -113,7 +131,6 @@ def reinforce(
     meta: dict,
 ) -> TrainState:
     """One recipe's RL from the cold start, or from its last state."""
-    optimizer = make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.updates)
     state = init_state(config.model, optimizer, jax.random.key(config.seed), mesh)
     # A copy, since the train step donates its state and the next recipe starts from the same parameters.
     state = state.replace(params=jax.tree.map(lambda x: x.copy(), begun.params))
@@ -146,8 +163,8 @@ def reinforce(
         first_task=config.sft.demonstrations * len(stream.families),
         seed=config.seed,
         temperature=config.rollout.temperature,
-        step_fn=make_train_step(make_policy_loss(config.model), optimizer, mesh),
-        reference_logp=reference_logprobs(config.model, begun.params, config.rollout.temperature)
+        step_fn=make_train_step(make_loss(config.model), optimizer, mesh),
+        reference_logp=reference_logprobs(make_logprobs(config.model, config.rollout.temperature), begun.params)
         if recipe.kl > 0
         else None,
         validate=validate,

@@ -1,17 +1,25 @@
 """Builds the folder of a run as the loops write it, with made-up but plausible content, for the tests of the report.
 
 Attempts are drawn from a toy world in which a fatal step loses the task for good, so the trees have the structure of
-real ones: roots, a binary search in a failed one, probes, credit. Run as a script it writes a folder to look at:
-`python tests/report_fixture.py FOLDER`.
+real ones: roots, a binary search in a failed one, probes; credit and JSON are the package's own. Run as a script it
+writes a folder to look at: `PYTHONPATH=. python tests/report_fixture.py FOLDER`.
 """
 
+import dataclasses
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from elpo_jax.policy.credit import assign
+from elpo_jax.policy.recipes import elpo, grpo
+from elpo_jax.tasks.base import Task
+from elpo_jax.tools.base import Status, ToolCall, ToolResult
+from elpo_jax.trees.serial import tree_to_json
+from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory
+from elpo_jax.trees.tree import Leaf, Probe, RolloutTree, SearchRecord
 
 FAMILIES = ("ledger", "wordmath")
 TOOLS = {"ledger": ("balance", "transfer", "spend", "close_account"), "wordmath": ("code_interpreter",)}
@@ -179,63 +187,129 @@ def rl_rows(stage: str, gain: float, rng: np.random.Generator, steps: int = 40) 
 # --- trees -----------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A step, whether its call was a (repairable) fault, and whether it lost the task for good."""
+
+    step: Step
+    fault: bool
+    fatal: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A toy task: `calls` good tool calls and an answer; each call is fatal with some probability."""
+
+    family: str
+    number: int
+    calls: int
+    skill: float
+    budget: int
+    prompt: Segment
+
+
+class Words:
+    """A tokenizer of sorts: every piece of text that was seen has an id."""
+
+    def __init__(self):
+        self.pieces: list[str] = []
+        self.ids: dict[str, int] = {}
+
+    def encode(self, text: str) -> np.ndarray:
+        pieces = re.findall(r"<[^<>\s]+>|\s?\w{1,5}|\s|[^\w\s]", text)
+        assert "".join(pieces) == text, (pieces, text)
+        for piece in pieces:
+            if piece not in self.ids:
+                self.ids[piece] = len(self.pieces)
+                self.pieces.append(piece)
+        return np.array([self.ids[piece] for piece in pieces], np.int32)
+
+    def decode(self, token: int) -> str:
+        return self.pieces[token]
+
+
+WORDS = Words()
+
+
 def tree(
     stage: str, rl_step: int, family: str, number: int, rng: np.random.Generator, skill: float, budget: int = 8
 ) -> dict:
     """One tree of `budget` rollouts as its JSON line."""
-    world = {"family": family, "number": number, "calls": int(rng.integers(2, 5)), "skill": skill, "budget": budget}
-    leaves: list[dict] = []
-    searches = []
-    if stage == "grpo":
-        leaves = [attempt(world, None, 0, [], rng) for _ in range(budget)]
+    uid = rl_step * 100 + number
+    prompt = f"Solve problem {number} in at most 7 calls. A crate holds 12 boxes; every third one is empty."
+    chat = f"<|im_start|>system\nTools: {', '.join(TOOLS[family])}<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
+    segment = Segment(Author.ENVIRONMENT, WORDS.encode(chat + "<|im_start|>assistant\n"))
+    world = World(family, number, int(rng.integers(2, 5)), skill, budget, segment)
+    task = Task(
+        id=f"{family}/train/{uid:05d}",
+        uid=uid,
+        family=family,
+        prompt=prompt,
+        answer=str(number * 7),
+        max_steps=7,
+        difficulty=world.calls,
+        meta={},
+    )
+    leaves, paths, searches = [], [], []
+    roots = budget if stage == "grpo" else 3
     while len(leaves) < budget:
-        roots = range(len(leaves), min(budget, len(leaves) + 3))
-        leaves += [attempt(world, None, 0, [], rng) for _ in roots]
-        failed = [i for i in roots if not leaves[i]["success"]]
+        new = range(len(leaves), min(budget, len(leaves) + roots))
+        for _ in new:
+            attempt(world, None, 0, leaves, paths, rng)
+        failed = [i for i in new if not leaves[i].trajectory.success]
         if failed and len(leaves) < budget:
-            searches.append(search(world, leaves, failed[0], rng))
-    return assemble(stage, rl_step, world, leaves, searches)
+            searches.append(search(world, failed[0], leaves, paths, rng))
+    grown = RolloutTree(task, tuple(leaves), tuple(searches))
+    recipe = {"grpo": grpo, "elpo": elpo}[stage]()
+    line = tree_to_json(grown, decode_token=WORDS.decode, credit=assign(grown, recipe))
+    return {**line, "rl_step": rl_step, "recipe": stage}
 
 
-def search(world: dict, leaves: list[dict], index: int, rng: np.random.Generator) -> dict:
+def search(world: World, index: int, leaves: list, paths: list, rng: np.random.Generator) -> SearchRecord:
     """The inclusive binary search for the first irrecoverable step of an attempt; adds its probes to the leaves."""
-    path = leaves[index]["path"]
-    low, high, probes = 1, len(path) - 1, []
-    while low <= high and len(leaves) < world["budget"]:
+    low, high, probes = 1, len(paths[index]) - 1, []
+    while low <= high and len(leaves) < world.budget:
         middle = (low + high) // 2
         planned = int(rng.integers(1, 4))
-        new = range(len(leaves), min(world["budget"], len(leaves) + planned))
-        leaves += [attempt(world, index, middle, path[:middle], rng) for _ in new]
-        probes.append({"step": middle, "leaves": list(new), "planned": planned})
-        low, high = (middle + 1, high) if any(leaves[i]["success"] for i in new) else (low, middle - 1)
-    return {"leaf": index, "localizer": "binary", "first_failure": low, "verified": low > high, "probes": probes}
+        new = range(len(leaves), min(world.budget, len(leaves) + planned))
+        for _ in new:
+            attempt(world, index, middle, leaves, paths, rng)
+        probes.append(Probe(middle, tuple(new), planned))
+        low, high = (middle + 1, high) if any(leaves[i].trajectory.success for i in new) else (low, middle - 1)
+    return SearchRecord(index, "binary", low, low > high, tuple(probes))
 
 
-def attempt(world: dict, parent: int | None, anchor: int, prefix: list[dict], rng: np.random.Generator) -> dict:
-    """An attempt that goes on after the steps of `prefix`; once a step is fatal, it fails."""
-    path = list(prefix)
-    lost = any(step["fatal"] for step in path)
-    while sum(not step["fault"] for step in path) < world["calls"] and len(path) < 7:
+def attempt(world: World, parent: int | None, anchor: int, leaves: list, paths: list, rng: np.random.Generator) -> None:
+    """Adds an attempt that shares `anchor` steps with its parent; after a fatal step it fails."""
+    path: list[Turn] = [] if parent is None else list(paths[parent][:anchor])
+    lost = any(turn.fatal for turn in path)
+    while sum(not turn.fault for turn in path) < world.calls and len(path) < 7:
         fault = rng.random() < 0.14
-        fatal = not fault and not lost and rng.random() > world["skill"] ** (1 / world["calls"])
+        fatal = not fault and not lost and rng.random() > world.skill ** (1 / world.calls)
         lost = lost or fatal
-        path.append(tool_step(world, len(path), fault, fatal, rng))
-    cut = sum(not step["fault"] for step in path) < world["calls"]
+        path.append(Turn(tool_step(world, len(path), fault, rng), fault, fatal))
+    cut = sum(not turn.fault for turn in path) < world.calls
+    answer = "" if cut else str(world.number * 7 + (3 if lost else 0))
     if not cut:
-        path.append(answer_step(world, lost, rng))
-    finish = "max_steps" if cut else "answer"
+        text = f"The answer is \\boxed{{{answer}}}.<|im_end|>"
+        path.append(Turn(Step(model(text, rng), text=text), False, False))
     success = not lost and not cut
-    reason = "correct" if success else "no answer" if cut else "wrong answer"
-    return {"parent": parent, "anchor": anchor, "path": path, "finish": finish} | {
-        "success": success,
-        "reward": float(success),
-        "reason": reason,
-    }
+    trajectory = Trajectory(
+        prompt=world.prompt,
+        steps=tuple(turn.step for turn in path),
+        finish=Finish.MAX_STEPS if cut else Finish.ANSWER,
+        success=success,
+        reward=float(success),
+        reason="correct" if success else "no answer" if cut else "wrong answer",
+        answer=answer,
+    )
+    paths.append(path)
+    leaves.append(Leaf(trajectory, parent, anchor))
 
 
-def tool_step(world: dict, position: int, fault: bool, fatal: bool, rng: np.random.Generator) -> dict:
+def tool_step(world: World, position: int, fault: bool, rng: np.random.Generator) -> Step:
     """One assistant turn with its tool call; about one fault in three cannot even be parsed."""
-    name = str(rng.choice(TOOLS[world["family"]]))
+    name = str(rng.choice(TOOLS[world.family]))
     amount = int(rng.integers(3, 60))
     if name == "code_interpreter":
         code = f"price = {amount}\nboxes = {position + 2}\n" + ("print(price / 0)" if fault else "print(price * boxes)")
@@ -244,101 +318,23 @@ def tool_step(world: dict, position: int, fault: bool, fatal: bool, rng: np.rand
         arguments = {"account": f"A{position + 1}", "amount": amount, "dry_run": False}
     text = f"{'I try again. ' if position and fault else ''}Step {position + 1}: I ask the tool for the next amount.\n"
     text += f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call><|im_end|>"
-    call, result = {"name": name, "arguments": arguments}, {"status": "ok", "text": f"{amount * 3}.00", "detail": ""}
+    call, result = ToolCall(name, arguments), ToolResult(Status.OK, f"{amount * 3}.00")
     if fault and rng.random() < 0.35:
-        call = None
-        result = {"status": "malformed", "text": "Error: the call is not valid JSON.", "detail": "json"}
+        call, result = None, ToolResult(Status.MALFORMED, "Error: the call is not valid JSON.", "json")
         text = text.replace("}}</tool_call>", "}</tool_call>")
     elif fault:
-        status = str(rng.choice(["error", "timeout", "empty", "unknown_tool", "memory", "output_limit"]))
-        result = {"status": status, "text": f"Error: {status} in {name}", "detail": "ZeroDivisionError"}
-    return step(text, call, result, rng, fault=fault, fatal=fatal)
+        status = Status(rng.choice(["error", "timeout", "empty", "unknown_tool", "memory", "output_limit"]))
+        result = ToolResult(status, f"Error: {status.value} in {name}", "ZeroDivisionError")
+    response = Segment(Author.ENVIRONMENT, WORDS.encode(f"<tool_response>{result.text}</tool_response>"))
+    return Step(model(text, rng), call, result, response, text=text)
 
 
-def answer_step(world: dict, lost: bool, rng: np.random.Generator) -> dict:
-    value = world["number"] * 7 + (3 if lost else 0)
-    return step(f"The answer is \\boxed{{{value}}}.<|im_end|>", None, None, rng, fault=False, fatal=False)
-
-
-def step(text: str, call: dict | None, result: dict | None, rng: np.random.Generator, **flags: bool) -> dict:
-    tokens = re.findall(r"<[^<>\s]+>|\s?\w{1,5}|\s|[^\w\s]", text)
-    assert "".join(tokens) == text, (tokens, text)
-    entropies = rng.gamma(0.5, 0.5, len(tokens)).round(4)
-    return {
-        "text": text,
-        "ids": [7 + sum(token.encode("utf-8", "surrogatepass")) % 1000 for token in tokens],
-        "tokens": tokens,
-        "logprobs": [-float(value) for value in (rng.gamma(0.4, 0.8, len(tokens)) * entropies).round(4)],
-        "entropies": entropies.tolist(),
-        "call": call,
-        "result": result,
-        "response_ids": None if result is None else [1, 2, 3],
-        **flags,
-    }
-
-
-def assemble(stage: str, rl_step: int, world: dict, leaves: list[dict], searches: list[dict]) -> dict:
-    """The JSON of a tree: nodes shared by identity of the steps, and the credit of the paper's equations 6 to 9."""
-    nodes: dict[int, dict] = {}
-    for number, leaf in enumerate(leaves):
-        parent = None
-        for position, one in enumerate(leaf["path"], 1):
-            node = nodes.setdefault(
-                id(one), {"id": f"s{position}:{number}", "step": position, "parent": parent, "leaves": []}
-            )
-            node["leaves"].append(number)
-            parent = node["id"]
-    credit(list(nodes.values()), leaves)
-    written = []
-    for leaf in leaves:
-        path, own = leaf["path"], leaf["path"][leaf["anchor"] :]
-        failed = [i for i, one in enumerate(path, 1) if all(not leaves[j]["success"] for j in nodes[id(one)]["leaves"])]
-        steps = [
-            {"node": nodes[id(one)]["id"], **{key: one[key] for key in one if key not in ("fault", "fatal")}}
-            for one in own
-        ]
-        recovered = [i for i, one in enumerate(path, 1) if one["fault"] and (leaf["success"] or i < failed[0])]
-        facts = {key: leaf[key] for key in ("parent", "anchor", "finish", "success", "reward", "reason")}
-        first = 0 if leaf["success"] else failed[0]
-        written.append({**facts, "first_failure": first, "recovered": recovered, "steps": steps})
-    task_id = f"{world['family']}/train/{rl_step * 100 + world['number']:05d}"
-    prompt = f"Solve problem {world['number']} in at most 7 calls. A crate holds 12 boxes; every third one is empty."
-    task = {"id": task_id, "uid": rl_step * 100 + world["number"], "family": world["family"], "prompt": prompt}
-    task |= {"answer": str(world["number"] * 7), "max_steps": 7, "difficulty": world["calls"], "meta": {}}
-    text = f"<|im_start|>system\nTools: {', '.join(TOOLS[world['family']])}<|im_end|>\n"
-    text += f"<|im_start|>user\n{prompt}<|im_end|>\n"
-    return {
-        "format": 1,
-        "rl_step": rl_step,
-        "recipe": stage,
-        "task": task,
-        "prompt": {"ids": [1, 2, 3], "text": text + "<|im_start|>assistant\n"},
-        "leaves": written,
-        "searches": searches,
-        "nodes": list(nodes.values()),
-    }
-
-
-def credit(nodes: list[dict], leaves: list[dict]) -> None:
-    """Fills in "value", "branch", "trajectory" and "advantage" (lambda 0.5); in `nodes` children follow parents."""
-    rewards = [leaf["reward"] for leaf in leaves]
-    children: dict[str | None, list[dict]] = {}
-    for node in nodes:
-        children.setdefault(node["parent"], []).append(node)
-    for node in reversed(nodes):
-        below = [child["value"] for child in children.get(node["id"], [])]
-        node["value"] = statistics.fmean(below or [rewards[leaf] for leaf in node["leaves"]])
-    branch: dict[str | None, float] = {None: 0.0}
-    for node in nodes:
-        siblings = [sibling["value"] for sibling in children[node["parent"]]]
-        inherited = branch[node["parent"]]
-        node["branch"] = branch[node["id"]] = standard(node["value"], siblings) if len(siblings) > 1 else inherited
-        node["trajectory"] = statistics.fmean(standard(rewards[leaf], rewards) for leaf in node["leaves"])
-        node["advantage"] = 0.5 * node["branch"] + 0.5 * node["trajectory"]
-
-
-def standard(x: float, values: list[float]) -> float:
-    return (x - statistics.fmean(values)) / (statistics.pstdev(values) + 1e-6)
+def model(text: str, rng: np.random.Generator) -> Segment:
+    """The text as model tokens with made-up log-probabilities and entropies."""
+    ids = WORDS.encode(text)
+    entropies = rng.gamma(0.5, 0.5, len(ids)).astype(np.float32)
+    logprobs = -(rng.gamma(0.4, 0.8, len(ids)) * entropies).astype(np.float32)
+    return Segment(Author.MODEL, ids, logprobs, entropies)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from elpo_jax.tasks.base import SPLITS, Task
 from elpo_jax.tasks.ledger import Ledger
 from elpo_jax.tasks.ledger_oracle import first_irrecoverable, min_calls, plan, recoverable, success_probability
 from elpo_jax.tasks.ledger_policy import act, blunders, complete, stumble
-from elpo_jax.tasks.ledger_world import NAMES, PAYEES, Bill, Goal, World, goal_of, new_state, read_world
+from elpo_jax.tasks.ledger_world import NAMES, PAYEES, Bill, Goal, World, goal_of, read_world
 from elpo_jax.text.chat import ChatFormat
 from elpo_jax.text.tokenizer import ByteTokenizer
 from elpo_jax.tools.base import Status, ToolCall, ToolResult
@@ -116,7 +116,7 @@ def explored(seed, accounts, money):
     return balances, bills, close, goal, start, *explore(goal, start)
 
 
-TINY = [(seed, 3, 5) for seed in range(14)] + [(100, 4, 4), (101, 4, 4)]
+TINY = [(seed, 3, 6) for seed in range(24)] + [(100, 4, 4), (101, 4, 4)]
 
 
 # --- oracle ---
@@ -137,7 +137,7 @@ def test_the_tiny_worlds_cover_what_matters():
         *_, successors, distance = explored(*case)
         reachable += len(distance)
         lost += len(successors) - len(distance)
-    assert reachable > 1000 and lost > 5000
+    assert reachable > 3000 and lost > 5000
 
 
 @settings(max_examples=150, deadline=None)
@@ -197,15 +197,13 @@ def test_first_irrecoverable_step_equals_brute_force(case):
         assert expected is None or not reached
         if expected is None and not reached:
             expected = len(states) + 1
-        if distance.get(start, 99) > max_steps and not states:
-            expected = 1
         assert first_irrecoverable(task, states) == expected
 
 
 @pytest.mark.parametrize("case", TINY[:4])
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_success_probability_is_the_value_of_optimal_play(case, noise):
-    balances, bills, close, _, start, successors, distance = explored(*case)
+    balances, bills, close, goal, start, successors, distance = explored(*case)
 
     @functools.cache
     def value(state, calls_left):
@@ -216,14 +214,13 @@ def test_success_probability_is_the_value_of_optimal_play(case, noise):
         through = max(value(after, calls_left - 1) for after in successors[state])
         return max(noise * value(state, calls_left - 1) + (1 - noise) * through, value(state, calls_left - 1))
 
-    rng = np.random.default_rng(0)
-    task, sample = tiny_task(balances, bills, close, 6), list(successors)
-    for state in [start, *(sample[i] for i in rng.integers(len(sample), size=40))]:
-        real = new_state(dict(state[0]), bills, 0)
-        for call in [ToolCall("close", {"account": a}) for a in sorted(state[1])]:
-            real = act(LEDGER, call, real)[1]
-        if state[2]:  # a paid bill: the database cannot be built in that state without paying, so look at others
-            continue
+    rng, task = np.random.default_rng(0), tiny_task(balances, bills, close, 6)
+    for _ in range(40):
+        state, real = start, LEDGER.start(task, 0)
+        for _ in range(int(rng.integers(0, 4))):
+            calls = [c for c in model_calls(goal, state) if distance.get(model_step(goal, state, c), 99) < 99]
+            call = calls[rng.integers(len(calls))] if calls else ToolCall("query", {"account": "Ann"})
+            state, real = model_step(goal, state, call), act(LEDGER, call, real)[1]
         for calls_left in range(6):
             expected = value(state, calls_left)
             assert success_probability(task, real, calls_left, noise) == pytest.approx(expected, abs=1e-12)
@@ -277,9 +274,8 @@ def test_plans_reach_the_goal_in_the_fewest_calls_from_any_state():
 # --- the mistakes, one by one ---
 
 # Ann lacks 7, which Bob, to be closed, can lend; Dan has nothing to do. 17 in all, 15 due.
-STORY = tiny_task(
-    {"Ann": 5, "Bob": 8, "Cid": 3, "Dan": 1}, [Bill("Ann", "gas", 12), Bill("Cid", "rent", 3)], ["Bob"], 7
-)
+HOLDINGS = {"Ann": 5, "Bob": 8, "Cid": 3, "Dan": 1}
+STORY = tiny_task(HOLDINGS, [Bill("Ann", "gas", 12), Bill("Cid", "rent", 3)], ["Bob"], max_steps=7)
 
 
 def query(account):
@@ -332,7 +328,7 @@ def test_recoverable_mistakes_cost_calls_and_no_more(kind):
     assert results[0].status is status
     assert first_irrecoverable(STORY, states) is None and LEDGER.grade(STORY, "Done.", states[-1]).success
     # Without calls to spare the same mistake is the end, for every one of them costs a call.
-    tight = tiny_task(STORY.meta["balances"], goal_of(STORY).bills, ["Bob"], len(FLAWLESS) - 1)
+    tight = tiny_task(HOLDINGS, goal_of(STORY).bills, ["Bob"], len(FLAWLESS) - 1)
     assert first_irrecoverable(tight, play(actions[: tight.max_steps])[0]) == 1
 
 
@@ -367,27 +363,24 @@ def test_irrecoverable_mistakes_are_found_where_they_happen(kind):
 
 
 def test_answers_are_short_and_tell_what_to_write_next():
-    said = [
-        result.text for result in play([*FLAWLESS[:1], query("Bob"), pay("Ann", "gas", 12), move("Bob", "Ann", 6)])[1]
+    dialogue = [
+        (query("Ann"), "has 5, due 12, short 7"),
+        (query("Bob"), "has 8, spare 8"),
+        (pay("Ann", "gas", 12), "short 7"),
+        (move("Bob", "Ann", 9), "has 8"),
+        (move("Bob", "Bob", 1), "same account"),
+        (move("Bob", "Ann", 6), "moved, short 1"),
+        (move("Bob", "Ann", 1), "moved"),
+        (pay("Ann", "gas", 12), "paid"),
+        (pay("Cid", "gas", 3), "spent, no such bill"),
+        (query("Cid"), "has 0, due 3, short 3"),
+        (close("Bob"), "closed, lost 1"),
+        (query("Bob"), "no such account"),
+        (pay("Dan", "Ann", 1), "no such payee"),
+        (query("Ann"), "has 0"),
     ]
-    assert said == ["has 5, due 12, short 7", "has 8, spare 8", "short 7", "moved, short 1"]
-    actions = [
-        move("Bob", "Ann", 7),
-        pay("Ann", "gas", 12),
-        pay("Cid", "gas", 3),
-        query("Cid"),
-        close("Bob"),
-        query("Bob"),
-    ]
-    said = [result.text for result in play(actions)[1]]
-    assert said == [
-        "moved",
-        "paid",
-        "spent, no such bill",
-        "has 0, due 3, short 3",
-        "closed, lost 1",
-        "no such account",
-    ]
+    _, results = play([call for call, _ in dialogue])
+    assert [result.text for result in results] == [text for _, text in dialogue]
 
 
 # --- state and noise ---
@@ -427,11 +420,8 @@ def test_branches_never_see_what_their_siblings_do():
     anchor = states[1]
     before = read_world(anchor)
     one, other = anchor.fork(1), anchor.fork(2)
-    for mine, theirs in (
-        (pay("Ann", "gas", 12), close("Ann")),
-        (close("Bob"), move("Bob", "Dan", 1)),
-        (query("Ann"),) * 2,
-    ):
+    turns = [(pay("Ann", "gas", 12), close("Ann")), (close("Bob"), move("Bob", "Dan", 1)), (query("Ann"), query("Ann"))]
+    for mine, theirs in turns:
         one, other = act(LEDGER, mine, one)[1], act(LEDGER, theirs, other)[1]
     assert read_world(one).balances == {"Ann": 0, "Bob": 0, "Cid": 3, "Dan": 1}
     assert read_world(other).balances == {"Ann": 0, "Bob": 0, "Cid": 3, "Dan": 2}
@@ -479,9 +469,9 @@ def test_noise_repeats_exactly_and_forks_into_other_futures():
 
 def test_noise_has_its_rate_and_no_effect():
     ledger = Ledger(noise=0.25)
-    failed = 0
+    failed, anchor = 0, ledger.start(STORY, 0)
     for key in range(2000):
-        start = ledger.start(STORY, key) if key == 0 else start.fork(key)
+        start = anchor.fork(key)
         result, after = act(ledger, close("Bob"), start)
         if result.status is Status.ERROR:
             failed += 1
@@ -513,14 +503,8 @@ def test_hostile_arguments_are_refused_and_change_nothing():
 
 
 def facts(task):
-    meta = task.meta
-    parts = [
-        sorted(meta["balances"].items()),
-        sorted(meta["bills"]),
-        sorted(meta["close"]),
-        sorted(meta["lenders"].items()),
-    ]
-    return json.dumps(parts)
+    """What the problem is, whatever its wording."""
+    return json.dumps([sorted(part.items() if isinstance(part, dict) else part) for part in task.meta.values()])
 
 
 def test_tasks_are_pure_functions_with_disjoint_splits():
@@ -601,7 +585,7 @@ def demonstrate(ledger, task, rng, rate):
 @pytest.mark.parametrize("difficulty", range(2, 11))
 def test_demonstrations_succeed_with_and_without_mistakes(difficulty):
     seen = collections.Counter()
-    for index in range(40):
+    for index in range(24):
         task = LEDGER.task(SPLITS[index % 3], index, difficulty)
         log, text, grade = demonstrate(LEDGER, task, np.random.default_rng(index), 0.0)
         assert grade.success and text == "Done." and len(log) == difficulty
@@ -610,19 +594,20 @@ def test_demonstrations_succeed_with_and_without_mistakes(difficulty):
         assert grade.success and text == "Done." and len(log) <= task.max_steps
         seen.update(result.status for _, result in log)
         seen["longer"] += len(log) > difficulty
-    assert seen["longer"] > 10 and {Status.MALFORMED, Status.UNKNOWN_TOOL, Status.ERROR} < set(seen)
+    assert seen["longer"] > 8 and {Status.MALFORMED, Status.UNKNOWN_TOOL, Status.ERROR} < set(seen)
 
 
-def test_demonstrations_undo_a_wrong_transfer():
-    undone = 0
-    for index in range(60):
-        log, _, grade = demonstrate(LEDGER, LEDGER.task("train", index, 6), np.random.default_rng(index), 0.5)
-        moves = [
-            (c.arguments["from"], c.arguments["to"], c.arguments["amount"]) for c, _ in log if c and c.name == "move"
-        ]
-        undone += any((b, a, n) == later for (a, b, n), later in itertools.pairwise(moves))
+def test_demonstrations_undo_wrong_transfers_and_complete_small_ones():
+    undone = split = 0
+    for index in range(200):
+        task = LEDGER.task("train", index, 5)
+        log, _, grade = demonstrate(LEDGER, task, np.random.default_rng(index), 0.3)
+        calls = [call.arguments for call, result in log if call and call.name == "move" and result.status is Status.OK]
+        for one, other in itertools.pairwise(calls):
+            undone += one["from"] == other["to"] and one["to"] == other["from"] and one["amount"] == other["amount"]
+            split += one["from"] == other["from"] and one["to"] == other["to"]
         assert grade.success
-    assert undone > 3
+    assert undone > 3 and split > 3
 
 
 def test_demonstrations_insist_under_noise():

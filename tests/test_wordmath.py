@@ -64,7 +64,7 @@ def test_prompts_state_every_needed_number_and_no_other():
         written = collections.Counter(digits(task.prompt))
         needed = {o for operation in task.meta["chain"] for o in operation[1:] if not isinstance(o, str)}
         for number in needed - set(written):
-            assert re.search(WORDS[number], task.prompt), (number, task.prompt)
+            assert re.search(WORDS[number], task.prompt, re.IGNORECASE), (number, task.prompt)
         idle = collections.Counter(task.meta["distractors"])
         assert set(written - idle) <= needed, task.prompt
         assert not idle - written, task.prompt
@@ -77,7 +77,45 @@ def test_operands_are_moderate():
 
 # Read and solved by hand; they also hold the generator still between versions of Python.
 BY_HAND = (
-HAND
+    (
+        ("train", 0, 2),
+        "87 men and 48 women were on a train. They all go on in cars of 3. How many cars is that?",
+        "45",
+    ),
+    (
+        ("train", 1, 3),
+        "The trip took 21 minutes. Sam had 81 ducks. Lena gave him 31 more. Then he got as many ducks as at "
+        "the start. Each duck costs 6 dollars. How many dollars do they cost in all?",
+        "1158",
+    ),
+    (
+        ("validation", 2, 4),
+        "Zoe had 13 old lemons and got 6 new ones. For 5 weeks she got 6 more lemons a day. Find the number "
+        "of lemons she has now.",
+        "229",
+    ),
+    (
+        ("test", 7, 5),
+        "Ana had 94 dogs. Ana was 8 years old. Ben saved 59 dollars. He lost 8 dollars. For 5 weeks he earned "
+        "5 dollars a day. If 2 friends share it equally, how many dollars does each get?",
+        "113",
+    ),
+    (
+        ("train", 12, 7),
+        "At first Sam had 29 stamps. Then he got another 52. Ana had 31 rabbits. Then the number of stamps "
+        "doubled. Ana was 71 years old. He sold half of the stamps. He got 94 more stamps from Ana. He lost 7 "
+        "of them. Ana gave him as many as Sam had at first. Each stamp costs 11 dollars. How many dollars do "
+        "they cost in all?",
+        "2167",
+    ),
+    (
+        ("test", 3, 10),
+        "87 people got on a bus, then 47 more. Then the number of people doubled. The bus picked up 96 "
+        "people. Half of the people got off. At 7 stops, 10 people got on each time. The bus picked up 20 "
+        "people. It was 5 degrees outside. 3 dozen people got off. Half of them left at the next stop. How "
+        "many people are left on the bus?",
+        "118",
+    ),
 )
 
 
@@ -113,14 +151,17 @@ def test_difficulty_split_index_and_slack_outside_their_range_raise():
     assert WordMath(Interpreter(), slack=0).task("test", 3, 4).max_steps == 4
 
 
+@pytest.mark.slow
 def test_no_prompt_is_in_two_splits():
-    seen = {split: {t.prompt for t in tasks(20_000, (2, 3, 4), split)} for split in SPLITS}
+    # The shortest stories are the likeliest to be told twice.
+    seen = {split: {t.prompt for t in tasks(20_000, (2,), split)} for split in SPLITS}
     assert all(len(prompts) > 19_900 for prompts in seen.values())
     assert not seen["train"] & seen["validation"] and not seen["train"] & seen["test"]
     assert not seen["validation"] & seen["test"]
     # By construction: the numbers alone tell the split, so neither can a prompt that only changes the words.
     for split, prompts in seen.items():
-        assert all(split_of(digits(prompt)) == split for prompt in list(prompts)[:3000])
+        longer = {t.prompt for t in tasks(500, range(3, 11), split)}
+        assert all(split_of(digits(prompt)) == split for prompt in prompts | longer)
 
 
 def skeleton(sentence):

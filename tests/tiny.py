@@ -14,6 +14,7 @@ from elpo_jax.config import (
 )
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.policy.recipes import elpo, grpo
+from elpo_jax.train.step import OptimizerConfig
 from elpo_jax.trees.grow import SearchConfig
 
 
@@ -26,7 +27,14 @@ def get_config() -> Config:
         model=ModelConfig(vocab_size=400, d_model=32, layers=2, heads=2, kv_heads=1, head_dim=16, d_ff=64),
         sampler=dataclasses.replace(SamplerConfig(), slots=16, context=256),
         rollout=RolloutConfig(max_turn_tokens=24, interpreter_workers=1),
-        sft=SftConfig(demonstrations=40, steps=6, rows=4, micro_rows=2, save_every=2),
+        sft=SftConfig(
+            demonstrations=40,
+            steps=6,
+            rows=4,
+            micro_rows=2,
+            save_every=2,
+            optimizer=OptimizerConfig(lr=3e-3, warmup_steps=2, schedule="cosine"),
+        ),
         algo=elpo(search=SearchConfig(budget=6, buffer=2), kl=0.01),
         against=(grpo(search=SearchConfig(budget=6, localizer="none")),),
         rl=RlConfig(steps=3, prompts=4, updates=2, micro_rows=2, eval_every=2, eval_tasks=2, dump_every=2, save_every=1),

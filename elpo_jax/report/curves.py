@@ -20,18 +20,10 @@ _RL_PANELS = (
     ("loss/entropy", "Entropy", "nats per token, full vocabulary"),
     ("loss/clip_low", "Clipped low", "share of tokens whose ratio fell below the lower bound"),
     ("loss/clip_high", "Clipped high", "share of tokens whose ratio rose above the upper bound"),
-    (
-        ("loss/relaxed_only",),
-        "Kept by the relaxed bound",
-        "share of tokens that only the relaxed lower bound keeps alive",
-    ),
+    ("loss/relaxed_only", "Kept by the relaxed bound", "share of tokens that only the relaxed bound keeps alive"),
     ("loss/mismatch_mean", "Sampler against trainer, mean", "difference of log-probabilities, nats"),
     ("loss/mismatch_max", "Sampler against trainer, largest", "difference of log-probabilities, nats"),
-    (
-        "loss/first_ratio_deviation_max",
-        "Ratio at the first update",
-        "largest distance from 1; more than rounding is a bug",
-    ),
+    ("loss/first_ratio_deviation_max", "Ratio at the first update", "largest distance from 1, rounding only"),
     ("grad_norm", "Gradient norm", "before clipping"),
 )
 _SFT_PANELS = (
@@ -41,10 +33,12 @@ _SFT_PANELS = (
     ("tokens_per_s", "Speed", "tokens per second"),
 )
 _ABOUT_RL = (
-    "Training success counts only the root attempts, as they were sampled for training: the other leaves continue failed "
-    f"attempts and would bias it. Of more than {MOST_POINTS} steps, neighbours are averaged."
+    "Training success counts only the root attempts, as they were sampled for training: the other leaves continue "
+    f"failed attempts and would bias it. Of more than {MOST_POINTS} steps, neighbours are averaged."
 )
-_ABOUT_SFT = f"Imitation of demonstrations, model tokens only. Of more than {MOST_POINTS} steps, neighbours are averaged."
+_ABOUT_SFT = (
+    f"Imitation of demonstrations, model tokens only. Of more than {MOST_POINTS} steps, neighbours are averaged."
+)
 _ROOT = "rollout/root_success"
 _VALIDATION = re.compile(r"eval/(?P<family>.+)/(?P<metric>avg@\d+)")
 _BAND = re.compile(r"eval/.+/ci_(low|high)")
@@ -71,9 +65,7 @@ def curves(stages: Mapping[str, Sequence[Row]], validation: str = "") -> list[di
     imitation = {name: rows for name, rows in stages.items() if rows and not is_rl(rows)}
     groups = []
     if learning:
-        groups.append(
-            {"about": _ABOUT, **_group("Reinforcement learning", "RL step", learning, _RL_PANELS, validation)}
-        )
+        groups.append(_group("Reinforcement learning", "RL step", _ABOUT_RL, learning, _RL_PANELS, validation))
     if imitation:
         groups.append(_group("Cold start", "SFT step", _ABOUT_SFT, imitation, _SFT_PANELS, validation))
     return groups
@@ -95,8 +87,8 @@ def _group(
     roots = [key for key in keys if key.startswith(_ROOT + "/")] or [key for key in keys if key == _ROOT]
     shown = [(key, f"Training success, {_family(key)}", "in %, root attempts only") for key in roots]
     for match in filter(None, map(_VALIDATION.fullmatch, keys)):
-        about = f"in %, interval shaded. {validation}"
-        shown.append((match[0], f"Validation {match['metric']}, {match['family']}", about))
+        heading = f"Validation {match['metric']}, {match['family']}"
+        shown.append((match[0], heading, f"in %, interval shaded. {validation}"))
     shown += listed
     used = {"step", _ROOT, *(key for key, _, _ in shown)}
     rest = [(key, key, "") for key in sorted(keys) if key not in used and not _BAND.fullmatch(key)]

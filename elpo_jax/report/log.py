@@ -39,17 +39,22 @@ def finite(value: Any) -> Any:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replaces the file at `path` in one move: a reader, or a kill, sees the old text or the new one, never a part."""
+    """Replaces the file at `path` in one move, and makes its folder if there is none.
+
+    A reader sees the old text or the new one, never a part. A kill can leave a ".NAME-partial" beside it, which the
+    next write takes over.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name.replace('.', '-')}-partial")  # found by no pattern that finds the file
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(partial, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     _sync_directory(path.parent)
 
 

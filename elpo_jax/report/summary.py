@@ -181,7 +181,8 @@ def _compare(elpo: Mapping[str, Any], other: Mapping[str, Any], name: str) -> st
     if elpo["value"] is None or other["value"] is None:
         return ""
     gain = 100 * (elpo["value"] - other["value"])
-    part = f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'} {name.upper()}"
+    side = "level with" if abs(gain) < 0.05 else f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
+    part = f"{side} {name.upper()}"
     if elpo["ci"] and other["ci"]:
         apart = elpo["ci"][0] > other["ci"][1] or elpo["ci"][1] < other["ci"][0]
         part += " (the intervals do not overlap)" if apart else " (the intervals overlap: this run does not settle it)"

@@ -1,7 +1,7 @@
 """The device half of the sampler: jitted fork, prefill and decode over one static cache of slots.
 
-Slots are split over the mesh axis `data`, and each shard decodes and prefills its own slots without talking to the
-others; only a fork may cross. A row's samples are a function of its own request and the parameters alone.
+Slots are split over the mesh axes `data` and `fsdp`, and each shard decodes and prefills its own slots without talking
+to the others; only a fork may cross. A row's samples are a function of its own request and the parameters alone.
 Letters: B slots, S cache length, R rows of a prefill, T tokens of a prefill, V vocabulary, n steps of a visit.
 """
 
@@ -14,25 +14,58 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from elpo_jax.model import cache as kv
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.logprob import logprob_and_entropy
-from elpo_jax.model.transformer import apply, unembed
+from elpo_jax.model.transformer import Params, apply, unembed
 
-AXIS = "data"
-SPLIT, WHOLE = PartitionSpec(AXIS), PartitionSpec()
+ROW_AXES = ("data", "fsdp")
+WHOLE = PartitionSpec()
 
 # Columns of the control array int32 [B, 7], one row per slot, which the host sends with every visit.
 TOKEN, POSITION, REMAINING, STREAM = 0, 1, 2, slice(3, 7)
 CONTROL_WIDTH = 7
 
 
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of a mesh that split the slots."""
+    return tuple(name for name in ROW_AXES if name in mesh.shape)
+
+
+def place_params(params: Params, mesh: Mesh) -> Params:
+    """Parameters as decoding needs them: whole in every shard of the slots, still split over the other axes.
+
+    Gathering them once spares the decode loop a gather of every matrix for every token. What is there already is not
+    copied; arrays of other devices are copied to all devices of the mesh.
+    """
+    rows = row_axes(mesh)
+
+    def keep(axes):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return tuple(name for name in names if name not in rows) or None
+
+    def place(x):
+        sharding = getattr(x, "sharding", None)
+        known = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+        spec = PartitionSpec(*map(keep, sharding.spec)) if known else WHOLE
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, params)
+
+
+def cache_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
+    """Slots over the row axes, key/value heads over `tensor` where it divides them; the same for every array."""
+    parts = mesh.shape.get("tensor", 0)
+    heads = "tensor" if parts and config.kv_heads % parts == 0 else None
+    return NamedSharding(mesh, PartitionSpec(row_axes(mesh), heads))
+
+
 def make_cache(config: ModelConfig, mesh: Mesh, slots: int, length: int) -> kv.Cache:
     """An empty cache, split by slot."""
-    create = jax.jit(lambda: kv.new_cache(config, slots, length), out_shardings=NamedSharding(mesh, SPLIT))
+    create = jax.jit(lambda: kv.new_cache(config, slots, length), out_shardings=cache_sharding(config, mesh))
     return create()
 
 
-def make_fork(mesh: Mesh) -> Callable:
+def make_fork(config: ModelConfig, mesh: Mesh) -> Callable:
     """Compiles `model.cache.fork`: (cache, source int32 [R], target int32 [R]) -> cache, which is donated."""
-    return jax.jit(kv.fork, donate_argnums=0, out_shardings=NamedSharding(mesh, SPLIT))
+    return jax.jit(kv.fork, donate_argnums=0, out_shardings=cache_sharding(config, mesh))
 
 
 def make_prefill(config: ModelConfig, mesh: Mesh) -> Callable:
@@ -47,7 +80,9 @@ def make_prefill(config: ModelConfig, mesh: Mesh) -> Callable:
         _, part = apply(config, params, tokens, positions, part)
         return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), cache, part)
 
-    return jax.jit(_per_shard(prefill, mesh, (WHOLE, SPLIT, SPLIT, SPLIT, SPLIT), SPLIT), donate_argnums=1)
+    split = PartitionSpec(row_axes(mesh))
+    mapped = _per_shard(prefill, mesh, (WHOLE, split, split, split, split), split)
+    return jax.jit(mapped, donate_argnums=1, out_shardings=cache_sharding(config, mesh))
 
 
 def make_decode(config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...], seed: int, steps: int) -> Callable:
@@ -80,8 +115,10 @@ def make_decode(config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...], seed
         (cache, *_), out = jax.lax.scan(step, start, uniforms)
         return cache, out
 
-    specs = (WHOLE, SPLIT, SPLIT, WHOLE), (SPLIT, PartitionSpec(None, None, AXIS))
-    return jax.jit(_per_shard(decode, mesh, *specs), donate_argnums=1)
+    split, columns = PartitionSpec(row_axes(mesh)), PartitionSpec(None, None, row_axes(mesh))
+    mapped = _per_shard(decode, mesh, (WHOLE, split, split, WHOLE), (split, columns))
+    shardings = cache_sharding(config, mesh), NamedSharding(mesh, columns)
+    return jax.jit(mapped, donate_argnums=1, out_shardings=shardings)
 
 
 def stream_uniforms(seed: int, streams: jax.Array, positions: jax.Array, steps: int) -> jax.Array:
@@ -163,5 +200,5 @@ def _bits(x: jax.Array) -> jax.Array:
 def _per_shard(fn: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
     """Runs `fn` once per shard of the slots; the other mesh axes stay the compiler's, as the parameters need them."""
     return jax.shard_map(
-        fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset({AXIS}), check_vma=False
+        fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset(row_axes(mesh)), check_vma=False
     )

@@ -6,11 +6,12 @@ another attempt's prefix) is continued, rewound or forked; only what is missing 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.transformer import Params
@@ -20,16 +21,13 @@ from elpo_jax.trees.trajectory import Author, Segment
 
 __all__ = ["Completion", "Request", "Sampler", "SamplerConfig", "VersionError"]
 
-# One mesh axis splits the slots; see decode.py.
-AXIS = decode.AXIS
-
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
     """Shapes of the sampler; every one of them is compiled once.
 
     Attributes:
-      slots: B, sequences decoded at once; divided over the mesh axis `data`.
+      slots: B, sequences decoded at once; split over the mesh axes `data` and `fsdp`.
       context: S, most tokens of a prefix and its turn together.
       steps_per_visit: Tokens that every slot decodes before the host looks: more is less overhead, and a longer wait
         for slots whose turn has ended.
@@ -95,21 +93,20 @@ class Sampler:
           config: Shapes.
           stop_ids: Tokens that end a turn.
           seed: Root of all randomness, 0..2^32-1.
-          mesh: Its axis `data` splits the slots; None for the first device alone.
+          mesh: Its axes `data` and `fsdp` split the slots; None for the first device alone.
 
         Raises:
           ValueError: If the mesh cannot split the slots.
         """
         if mesh is None:
-            mesh = jax.make_mesh((1,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-        if AXIS not in mesh.shape:
-            raise ValueError(
-                f"the sampler splits its slots over the mesh axis {AXIS!r}; the mesh has {mesh.axis_names}"
-            )
-        self._shards = mesh.shape[AXIS]
+            mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+        axes = decode.row_axes(mesh)
+        if not axes:
+            raise ValueError(f"slots are split over the mesh axes {decode.ROW_AXES}; the mesh has {mesh.axis_names}")
+        self._shards = math.prod(mesh.shape[axis] for axis in axes)
         if config.slots % self._shards:
             raise ValueError(
-                f"sampler.slots={config.slots} cannot be split over {self._shards} devices of the mesh axis {AXIS!r}: "
+                f"sampler.slots={config.slots} cannot be split over {self._shards} devices of the mesh axes {axes}: "
                 f"choose a multiple of {self._shards}"
             )
         self.config, self.context = config, config.context
@@ -120,7 +117,7 @@ class Sampler:
         self._token_buckets = sorted(config.prefill_buckets)
 
         self._cache = decode.make_cache(model_config, mesh, config.slots, config.context)
-        self._fork = decode.make_fork(mesh)
+        self._fork = decode.make_fork(model_config, mesh)
         self._prefill = decode.make_prefill(model_config, mesh)
         self._decode = decode.make_decode(
             model_config, mesh, tuple(int(i) for i in stop_ids), seed, config.steps_per_visit
@@ -151,7 +148,7 @@ class Sampler:
         """Takes new parameters; every cached prefix is forgotten.
 
         Args:
-          params: Of the network, on the mesh or anywhere; those elsewhere are copied to every device of the mesh.
+          params: Of the network, on the mesh or elsewhere (see `decode.place_params`).
           version: Names them in errors. Prefixes are forgotten even if it is the same as before.
 
         Raises:
@@ -160,13 +157,7 @@ class Sampler:
         in_flight = len(self._waiting) + len(self._running)
         if in_flight:
             raise RuntimeError(f"{in_flight} requests are in flight: finish them before loading other parameters")
-        whole = NamedSharding(self._mesh, PartitionSpec())
-        devices = whole.device_set
-
-        def place(x):
-            return x if isinstance(x, jax.Array) and x.sharding.device_set == devices else jax.device_put(x, whole)
-
-        self._params = jax.tree.map(place, params)
+        self._params = decode.place_params(params, self._mesh)
         self._table.load(version)
 
     def compile(self) -> None:

@@ -217,13 +217,10 @@ def _common(slot: Slot, request: Request) -> int:
 
 
 def split_prefill(missing: int, buckets: Sequence[int]) -> list[int]:
-    """Bucket sizes that cover `missing` tokens: a bucket that is not full is at least half full, or the smallest."""
+    """Bucket sizes that cover `missing` tokens, each at least three quarters full or the smallest there is."""
     out = []
     while missing > 0:
-        holding = [b for b in buckets if b >= missing]
-        bucket = min(holding, default=max(buckets))
-        if 2 * missing < bucket and bucket != min(buckets):
-            bucket = max(b for b in buckets if b <= missing)
+        bucket = max((b for b in buckets if 4 * missing >= 3 * b), default=min(buckets))
         out.append(bucket)
         missing -= bucket
     return out

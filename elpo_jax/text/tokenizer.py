@@ -82,8 +82,8 @@ def _training_sentences(texts: Iterable[str]) -> Iterator[str]:
         for run in _CONTROL_PATTERN.split(_without_surrogates(text)):
             for start in range(0, len(run), _TRAINING_CHARS):
                 sentence = run[start : start + _TRAINING_CHARS]
-                # The trainer strips newlines off the end of a sentence. A tab is never part of a longer piece.
-                yield sentence + "\t" if sentence[-1] in "\r\n" else sentence
+                # The trainer strips newlines off the end of a sentence. A digit is never part of a longer piece.
+                yield sentence + "0" if sentence[-1] in "\r\n" else sentence
 
 
 def _train(sentences: list[str], file, vocab_size: int) -> None:

@@ -25,7 +25,6 @@ from typing import NoReturn
 
 REQUESTS, REPLIES = 0, 1  # this process's standard input and output
 REPORT_BYTES = 4096
-WALL_FACTOR = 4  # wall seconds per CPU second: only a guard, since the verdict should not depend on the machine's load
 
 # What programs import, loaded once here instead of in every child.
 PRELOAD = (
@@ -54,7 +53,7 @@ PR_SET_PDEATHSIG = 1
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only
 
 
-def main(cpu_seconds: float, memory_mb: int, output_bytes: int) -> None:
+def main(cpu_seconds: float, wall_seconds: float, memory_mb: int, output_bytes: int) -> None:
     """Answers programs until the input ends."""
     for module in PRELOAD.split():
         importlib.import_module(module)
@@ -66,7 +65,7 @@ def main(cpu_seconds: float, memory_mb: int, output_bytes: int) -> None:
     gc.collect()
     gc.freeze()  # keeps the children's collector from touching, and so copying, these pages
     while (code := _receive()) is not None:
-        _run(code, nothing, cpu_seconds, output_bytes)
+        _run(code, nothing, cpu_seconds, wall_seconds, output_bytes)
 
 
 def _limit(kind: int, value: int) -> None:
@@ -91,7 +90,7 @@ def _read(size: int) -> bytes | None:
     return data
 
 
-def _run(code: bytes, nothing: int, cpu_seconds: float, output_bytes: int) -> None:
+def _run(code: bytes, nothing: int, cpu_seconds: float, wall_seconds: float, output_bytes: int) -> None:
     """Runs one program in a child and sends how it ended."""
     parent = os.getpid()
     output, output_end = os.pipe()
@@ -101,8 +100,8 @@ def _run(code: bytes, nothing: int, cpu_seconds: float, output_bytes: int) -> No
         _child(code, parent, (nothing, output_end, nothing), report_end, cpu_seconds)
     os.close(output_end)
     os.close(report_end)
-    deadline = time.monotonic() + WALL_FACTOR * cpu_seconds
-    texts, end = _collect(child, {output: output_bytes, report: REPORT_BYTES}, report, deadline)
+    limits = {output: output_bytes, report: REPORT_BYTES}
+    texts, end = _collect(child, limits, report, deadline=time.monotonic() + wall_seconds)
     os.close(output)
     os.close(report)
     if end:
@@ -166,7 +165,8 @@ def _exit_cause(status: int, out_of_time: bool) -> str:
     number = os.WTERMSIG(status)
     if number in (signal.SIGPROF, signal.SIGXCPU) or (number == signal.SIGKILL and out_of_time):
         return "cpu"
-    return f"signal {signal.Signals(number).name}"
+    names = {known.value: known.name for known in signal.Signals}
+    return f"signal {names.get(number, number)}"  # real-time signals have no names
 
 
 def _child(code: bytes, parent: int, standard: tuple[int, int, int], report_end: int, cpu_seconds: float) -> NoReturn:
@@ -236,4 +236,4 @@ def _guard(event: str, arguments: tuple) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

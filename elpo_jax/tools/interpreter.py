@@ -1,7 +1,7 @@
 """The tool `code_interpreter`: runs a Python program in a process of its own.
 
 A few worker processes, started on first use and apart from this one (whose threads make it unsafe to fork), each fork
-one child per program: a call costs about a millisecond, and nothing a program does is seen by the next. This is not a
+one child per program: a call costs a millisecond or two, and nothing a program does is seen by the next. This is not a
 security boundary: a program that means harm can read the user's files and get around the limits, which only keep the
 accidents of a learning policy from hurting the run.
 """
@@ -29,7 +29,7 @@ from elpo_jax.tools.base import InfrastructureError, State, Status, ToolResult
 MAX_CODE_BYTES = 60_000  # fits into an empty pipe, so sending a program never blocks
 ERROR_CHARS = 300
 REPLY_SECONDS = 10.0  # for start-up and scheduling, beyond the program's own wall limit
-WALL_FACTOR = 4  # as in the worker
+WALL_FACTOR = 4  # wall seconds per CPU second: only a guard, since the verdict should not depend on the machine's load
 
 _WORKER = pathlib.Path(__file__).with_name("_interpreter_worker.py")
 _ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]{8,16}(?=>)")  # in "<function f at 0x7f0c12345678>"
@@ -40,9 +40,9 @@ class CodeInterpreter:
     """See `elpo_jax.tools.base.Tool`; the only argument is `code`. Thread-safe, and without state between calls.
 
     What a program prints is the answer, and the value of a final expression is printed as in a notebook. Programs see
-    the standard library, no installed packages, no network, no files to write and no child processes. They
-    are deterministic: hash seed and `random` are fixed, and object addresses are not shown. An answer is therefore
-    remembered by the program's text (statuses ok, empty and error only, as the others could depend on the machine), so
+    the standard library, no installed packages, no network, no files to write and no child processes. They are
+    deterministic but for clocks: hash seed and `random` are fixed, and object addresses are not shown. So an answer is
+    remembered by the program's text (statuses ok, empty and error only, as the others could depend on the machine), and
     the many attempts at one prompt that write the same program run it once.
 
     Statuses: `ok`; `empty` (nothing printed); `error` (`detail` names the exception type, the signal or "exit");
@@ -52,7 +52,7 @@ class CodeInterpreter:
     Args:
       workers: Programs that run at once.
       cpu_seconds: CPU time per program.
-      memory_mb: Address space per program, of which Python itself takes about 30.
+      memory_mb: Address space per program, of which Python itself takes about 20.
       output_chars: Longest output; a longer one is cut there, which is what status `output_limit` says.
       remembered: Number of answers to remember; 0 runs every program.
 
@@ -90,6 +90,7 @@ class CodeInterpreter:
             if value < least:
                 raise ValueError(f"CodeInterpreter({key}={value}): it must be at least {least}")
         self._cpu_seconds = cpu_seconds
+        self._wall_seconds = WALL_FACTOR * cpu_seconds
         self._memory_mb = memory_mb
         self._output_chars = output_chars
         self._remembered = remembered
@@ -150,7 +151,7 @@ class CodeInterpreter:
         try:
             if worker is None:
                 worker = self._start()
-            reply = worker.ask(program, WALL_FACTOR * self._cpu_seconds + REPLY_SECONDS)
+            reply = worker.ask(program, self._wall_seconds + REPLY_SECONDS)
         except BaseException as error:
             if worker is not None:
                 worker.kill()
@@ -167,8 +168,10 @@ class CodeInterpreter:
         with self._lock:
             if self._closed:
                 raise InfrastructureError("the code interpreter is closed")
-            # Characters take at most four bytes, so no output within the limit is taken for a flood.
-            worker = _Worker(self._cpu_seconds, self._memory_mb, 4 * self._output_chars)
+            # Characters take at most four bytes, so no output within the limit is taken for a flood; the rest is for
+            # the newlines at its end, which are cut off.
+            output_bytes = 4 * self._output_chars + 64
+            worker = _Worker(self._cpu_seconds, self._wall_seconds, self._memory_mb, output_bytes)
             self._live.add(worker)
             return worker
 
@@ -185,13 +188,18 @@ class CodeInterpreter:
         if end == "flood" or len(output) > self._output_chars:
             return ToolResult(Status.OUTPUT_LIMIT, output[: self._output_chars] + "\n[output cut]", "output")
         if end not in ("done", "exit 0"):
-            kind, message = end.split()[-1] if end.startswith("signal") else "exit", f"the program ended itself ({end})"
-            return ToolResult(Status.ERROR, f"{output}\nError: {message}".lstrip(), kind)
+            how, _, signal_name = end.partition(" ")
+            line = f"Error: the program ended itself ({end})"
+            return ToolResult(Status.ERROR, _joined(output, line), signal_name if how == "signal" else how)
         if kind:
             kind = kind if _IDENTIFIER.fullmatch(kind) else "Exception"
-            line = (f"{kind}: {_ADDRESS.sub('0x0', message)}" if message else kind)[:ERROR_CHARS]
-            return ToolResult(Status.ERROR, f"{output}\n{line}".lstrip("\n"), kind)
+            line = f"{kind}: {_ADDRESS.sub('0x0', message)}" if message else kind
+            return ToolResult(Status.ERROR, _joined(output, line[:ERROR_CHARS]), kind)
         return ToolResult(Status.OK, output) if output else ToolResult(Status.EMPTY, "(no output)")
+
+
+def _joined(output: str, line: str) -> str:
+    return f"{output}\n{line}" if output else line
 
 
 def _kill_all(workers: set["_Worker"]) -> None:
@@ -203,14 +211,14 @@ def _kill_all(workers: set["_Worker"]) -> None:
 class _Worker:
     """The host's end of one worker process."""
 
-    def __init__(self, cpu_seconds: float, memory_mb: int, output_bytes: int):
+    def __init__(self, cpu_seconds: float, wall_seconds: float, memory_mb: int, output_bytes: int):
         # Only what the dynamic loader may need is handed down, so no secret of this process reaches a program.
         environment = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
         environment |= {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "LC_ALL": "C.UTF-8"}
         # Not -I, which would ignore PYTHONHASHSEED; these are the rest of it, and no site-packages.
         command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-W", "ignore", str(_WORKER)]
         self._process = subprocess.Popen(
-            [*command, str(cpu_seconds), str(memory_mb), str(output_bytes)],
+            [*command, str(cpu_seconds), str(wall_seconds), str(memory_mb), str(output_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

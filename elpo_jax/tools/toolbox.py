@@ -9,10 +9,11 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import jsonschema
 
-from elpo_jax.tools.base import State, Status, Tool, ToolCall, ToolResult
+from elpo_jax.tools.base import InfrastructureError, State, Status, Tool, ToolCall, ToolResult
 
 Answer = tuple[ToolResult, State | None]
 
@@ -72,23 +73,18 @@ class ToolBox:
         """Starts a call.
 
         Returns:
-          A future of the result and the world after the call; it never holds an exception.
+          A future of the result and the world after the call; it never holds an exception, unless the box is closed.
 
         Raises:
           RuntimeError: If the box is closed.
         """
-        tool = self._tools.get(request.call.name)
-        if tool is not None and not getattr(tool, "in_process", False):
-            refusal = self._refusal(request.call)
-            if refusal is None:
-                return self._pool.submit(self._attempt, tool, request)
-            return _done((refusal, request.state))
-        return _done(self.run(request))
-
-    def run(self, request: Request) -> Answer:
-        """Answers one call on this thread."""
         refusal = self._refusal(request.call)
-        return (refusal, request.state) if refusal else self._attempt(self._tools[request.call.name], request)
+        if refusal is not None:
+            return _done((refusal, request.state))
+        tool = self._tools[request.call.name]
+        if getattr(tool, "in_process", False):
+            return _done(self._attempt(tool, request))
+        return self._pool.submit(self._attempt, tool, request)
 
     def run_many(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers calls, as many at once as there are workers.
@@ -104,7 +100,7 @@ class ToolBox:
         if call.name not in self._tools:
             text = f"Error: there is no tool {_shown(call.name)}. Tools: {', '.join(self._tools)}"
             return ToolResult(Status.UNKNOWN_TOOL, text, "name")
-        error = next(self._validators[call.name].iter_errors(call.arguments), None)
+        error = next(self._validators[call.name].iter_errors(dict(call.arguments)), None)
         if error is None:
             return None
         expected = ", ".join(self._tools[call.name].parameters.get("properties", {}))
@@ -119,13 +115,13 @@ class ToolBox:
                     return result, state
                 cause = result.detail
             except Exception as error:
-                _log.warning("the tool %s broke", tool.name, exc_info=True)
                 cause = f"{type(error).__name__}: {error}"
+                unexpected = not isinstance(error, InfrastructureError)
+                _log.warning("the tool %s broke: %s", tool.name, cause, exc_info=unexpected)
         return ToolResult(Status.INFRASTRUCTURE, "Error: the tool is not available", cause), request.state
 
 
 def _validator(tool: Tool) -> jsonschema.protocols.Validator:
-    # Nested read-only mappings are turned into what jsonschema knows.
     schema = _plain(tool.parameters)
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -134,7 +130,8 @@ def _validator(tool: Tool) -> jsonschema.protocols.Validator:
     return jsonschema.Draft202012Validator(schema)
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
+    """Nested mappings and sequences, read-only ones among them, as the dicts and lists that jsonschema knows."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -42,7 +42,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | pathlib.Path, keep: int = 2):
-        """
+        """Names the folder.
+
         Args:
           directory: Folder of the run's checkpoints.
           keep: How many of the newest to keep; 2 leaves one to fall back to when the newest is damaged.
@@ -156,7 +157,7 @@ class Checkpoints:
         wanted = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             data,
-            shardings(mesh, data.replace(key=None)).replace(key=shardings(mesh, abstract_state.key)),
+            shardings(mesh, abstract_state),
         )
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:

@@ -17,11 +17,9 @@ import jax
 import numpy as np
 
 from elpo_jax.config import RlConfig
-from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.transformer import Params
 from elpo_jax.policy.batch import Batch, drop_flat, normalise, pack, policy_examples, stack
 from elpo_jax.policy.credit import Credit, assign
-from elpo_jax.policy.loss import logprobs
 from elpo_jax.policy.recipes import Recipe
 from elpo_jax.report.log import MetricsLog
 from elpo_jax.report.progress import Progress
@@ -201,7 +199,7 @@ def dump(path, step: int, recipe: Recipe, trees, credits, environment: Environme
     partial.replace(path)
 
 
-def reference_logprobs(model: ModelConfig, params: Params, temperature: float) -> Callable[[Batch], np.ndarray]:
+def reference_logprobs(logprobs: Callable[[Params, Batch], jax.Array], params: Params) -> Callable[[Batch], np.ndarray]:
     """Log-probabilities [n_micro, B, T] of a batch under fixed parameters, by the trainer's own graph."""
-    fn = jax.jit(lambda p, batch: jax.lax.map(lambda micro: logprobs(model, p, micro, temperature)[0], batch))
+    fn = jax.jit(lambda p, batch: jax.lax.map(lambda micro: logprobs(p, micro), batch))
     return lambda batch: np.asarray(fn(params, batch))

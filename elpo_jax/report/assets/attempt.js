@@ -96,6 +96,9 @@ function stepBlock(node, index, leaf) {
     h("p", { class: "numbers" }, [["advantage", signed(node.advantage)], ["branch", signed(node.branch)], ["trajectory", signed(node.trajectory)], ["value", fixed(node.value)]].map(([name, value]) => h("span", {}, `${name} `, h("b", {}, value)))),
     tokenView(node),
   );
+  const pieces = node.tokens.map((token) => panel.vocabulary[token][1]).join("");
+  // Pieces of one character (bytes) do not show it, but the text does.
+  if (!pieces.includes(node.text)) block.append(h("div", { class: "part" }, h("h5", {}, "As text"), h("pre", {}, node.text)));
   if (node.call) block.append(callView(node.call));
   if (node.result) {
     const detail = node.result.detail ? ` (${node.result.detail})` : "";

@@ -40,7 +40,7 @@ function resultTable(families) {
   const head = ["", ...metrics.flatMap((name, i) => (i ? [name] : [name, "0 to 100 %"]))];
   const counts = ["tasks", "tool calls / attempt", "tokens / attempt"];
   const table = h("table", { class: "results" });
-  table.append(h("thead", {}, h("tr", {}, head.map((name) => h("th", { scope: "col" }, name)), counts.map((name) => h("th", { scope: "col", class: "count" }, name)))));
+  table.append(h("thead", {}, h("tr", {}, head.map((name) => h("th", { scope: "col" }, name)), counts.map((name) => h("th", { scope: "col", class: "num" }, name)))));
   for (const family of families) {
     const body = h("tbody", {}, h("tr", { class: "family" }, h("th", { colspan: head.length + counts.length, scope: "rowgroup" }, family.name)));
     for (const row of family.rows) {
@@ -50,7 +50,7 @@ function resultTable(families) {
         return i ? [cell] : [cell, h("td", { class: "mark" }, metric ? interval(metric, row.name) : null)];
       });
       const rest = [whole(row.n), isNumber(row.tool_calls) ? fixed(row.tool_calls, 2) : "\u2013", whole(row.tokens)];
-      body.append(h("tr", {}, algorithmCell(row.name), cells, rest.map((text) => h("td", { class: "count" }, text))));
+      body.append(h("tr", {}, algorithmCell(row.name), cells, rest.map((text) => h("td", { class: "num" }, text))));
     }
     table.append(body);
   }

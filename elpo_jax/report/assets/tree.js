@@ -2,7 +2,7 @@
 
 const CARD = { height: 38, pitch: 51, gap: 40, least: 86, most: 150 };
 const PROMPT_WIDTH = 50;
-const LEAF_WIDTH = 90;
+const LEAF_WIDTH = 94;
 const HEAD_HEIGHT = 26;
 const ADVANTAGE_END = 2; // colours saturate here
 
@@ -40,7 +40,7 @@ function arrange(tree) {
   tree.nodes.forEach((node, i) => children.get(node.parent).push(i));
   const ends = new Map();
   tree.leaves.forEach((leaf, i) => {
-    const last = leaf.path.at(-1) ?? -1;
+    const last = leaf.path.at(-1);
     ends.set(last, [...(ends.get(last) ?? []), i]);
   });
   const [nodeRow, leafRow] = [[], []];
@@ -66,37 +66,35 @@ function drawTree(box, tree, choose) {
     middle: (row) => HEAD_HEIGHT + (row + 0.5) * CARD.pitch,
   };
   const leafLeft = place.right(columns) + CARD.gap;
-  const size = { width: leafLeft + LEAF_WIDTH, height: HEAD_HEIGHT + plan.rows * CARD.pitch };
-  const links = s("svg", { class: "links", width: size.width, height: size.height, "aria-hidden": "true" });
-  const sheet = styled(h("div", { class: "sheet" }, links), { width: `${size.width}px`, height: `${size.height}px` });
-  const put = (element, left, row, span) => sheet.append(styled(element, { left: `${left}px`, top: `${place.middle(row) - CARD.height / 2}px`, width: `${span}px` }));
+  const height = HEAD_HEIGHT + plan.rows * CARD.pitch;
+  const links = s("svg", { class: "links", width: leafLeft, height, "aria-hidden": "true" });
+  const steps = styled(h("div", { class: "steps" }, links), { width: `${leafLeft}px`, height: `${height}px` });
+  const outcomes = styled(h("div", { class: "outcomes" }), { width: `${LEAF_WIDTH}px`, height: `${height}px` }); // in view also where the steps are scrolled
+  const sheet = h("div", { class: "sheet" }, steps, outcomes);
+  const put = (element, left, row, span) => styled(element, { left: `${left}px`, top: `${place.middle(row) - CARD.height / 2}px`, width: `${span}px` });
 
-  columnHeads(sheet, columns, place, width, leafLeft);
-  const buttons = new Map();
-  buttons.set(-1, promptButton(tree, choose));
-  put(buttons.get(-1), 0, plan.nodeRow[-1], PROMPT_WIDTH);
+  steps.append(columnHead("prompt", 0, PROMPT_WIDTH));
+  for (let step = 1; step <= columns; step++) steps.append(columnHead(`step ${step}`, place.left(step), width));
+  outcomes.append(columnHead("outcome", 0, LEAF_WIDTH));
+  const buttons = new Map([[-1, promptButton(tree, choose)]]);
+  steps.append(put(buttons.get(-1), 0, plan.nodeRow[-1], PROMPT_WIDTH));
   tree.nodes.forEach((node, i) => {
     link(links, place.right(node.step - 1), place.middle(plan.nodeRow[node.parent]), place.left(node.step), place.middle(plan.nodeRow[i]), node.leaves);
     buttons.set(i, nodeButton(tree, i, choose));
-    put(buttons.get(i), place.left(node.step), plan.nodeRow[i], width);
+    steps.append(put(buttons.get(i), place.left(node.step), plan.nodeRow[i], width));
   });
   tree.leaves.forEach((leaf, i) => {
-    const last = leaf.path.at(-1) ?? -1;
+    const last = leaf.path.at(-1);
     link(links, place.right(leaf.path.length), place.middle(plan.nodeRow[last]), leafLeft, place.middle(plan.leafRow[i]), [i], true);
-    put(leafButton(leaf, i, last, choose), leafLeft, plan.leafRow[i], LEAF_WIDTH);
+    outcomes.append(put(leafButton(leaf, i, last, choose), 0, plan.leafRow[i], LEAF_WIDTH));
   });
-  for (const [at, probes] of probesByNode(tree)) put(probeMark(probes, tree.nodes[at].step), place.right(tree.nodes[at].step) + 5, plan.nodeRow[at], 30);
+  for (const [at, probes] of probesByNode(tree)) steps.append(put(probeMark(probes, tree.nodes[at].step), place.right(tree.nodes[at].step) + 5, plan.nodeRow[at], 30));
   sheet.addEventListener("keydown", (event) => moveFocus(event, tree, plan, buttons));
   box.replaceChildren(sheet);
   return { mark: (node, leaf) => markChosen(sheet, buttons, node, leaf) };
 }
 
-function columnHeads(sheet, columns, place, width, leafLeft) {
-  const head = (text, left, span) => sheet.append(styled(h("span", { class: "colhead", "aria-hidden": "true" }, text), { left: `${left}px`, width: `${span}px` }));
-  head("prompt", 0, PROMPT_WIDTH);
-  for (let step = 1; step <= columns; step++) head(`step ${step}`, place.left(step), width);
-  head("outcome", leafLeft, LEAF_WIDTH);
-}
+const columnHead = (text, left, span) => styled(h("span", { class: "colhead", "aria-hidden": "true" }, text), { left: `${left}px`, width: `${span}px` });
 
 function link(svg, x1, y1, x2, y2, leaves, dotted = false) {
   const bend = Math.min(x1 + CARD.gap, x2);

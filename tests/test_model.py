@@ -1,0 +1,405 @@
+"""The policy network against an independent float64 one, and the equalities between its ways of being called."""
+
+import dataclasses
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_model
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elpo_jax.model.cache import fork, new_cache
+from elpo_jax.model.config import ModelConfig, count_params
+from elpo_jax.model.logprob import logprob_and_entropy, token_logprobs
+from elpo_jax.model.transformer import apply, init, unembed
+
+BASE = ModelConfig(vocab_size=61, d_model=24, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=40)
+FULL = dataclasses.replace(BASE, qk_norm=True, qkv_bias=True, tied=False)
+forward = functools.cache(lambda config: jax.jit(functools.partial(apply, config)))
+
+
+@functools.cache
+def parameters(config: ModelConfig):
+    """Random parameters in which norms and biases are not the ones and zeros of the start."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=x.shape)).astype(x.dtype), init(config, jax.random.key(0)))
+
+
+def random_tokens(*shape, seed=0, vocab=BASE.vocab_size):
+    return np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32)
+
+
+def count_up(rows, length):
+    return np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+
+
+def close(a, b, tolerance=1e-5):
+    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=tolerance, atol=tolerance)
+
+
+# Against the independent forward
+
+
+@pytest.mark.parametrize("qk_norm,qkv_bias,tied", itertools.product([False, True], repeat=3))
+def test_forward_equals_float64_numpy(qk_norm, qkv_bias, tied):
+    config = dataclasses.replace(BASE, qk_norm=qk_norm, qkv_bias=qkv_bias, tied=tied)
+    params, tokens = parameters(config), random_tokens(3, 19)
+    hidden, cache = forward(config)(params, tokens, count_up(3, 19))
+    assert cache is None and hidden.dtype == jnp.float32
+    logits = unembed(config, params, hidden)
+    for row in range(3):
+        expected, expected_logits = numpy_model.forward(config, params, tokens[row])
+        close(hidden[row], expected)
+        close(logits[row], expected_logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kv_heads": 1}, {"kv_heads": 4}, {"rope_theta": 5e5}, {"norm_eps": 1e-2}, {"remat": True}, {"head_dim": 2}],
+)
+def test_every_other_option_equals_float64_numpy(change):
+    config = dataclasses.replace(FULL, **change)
+    tokens = random_tokens(1, 40)
+    hidden, _ = forward(config)(parameters(config), tokens, count_up(1, 40))
+    close(hidden[0], numpy_model.forward(config, parameters(config), tokens[0])[0])
+
+
+@pytest.mark.parametrize("config", [BASE, FULL], ids=["tied", "untied"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_token_logprobs_equal_float64_numpy(config, temperature, chunk):
+    params, tokens = parameters(config), random_tokens(2, 17)
+    hidden, _ = forward(config)(params, tokens, count_up(2, 17))
+    logp, entropy = jax.jit(functools.partial(token_logprobs, config, chunk=chunk))(params, hidden, tokens, temperature)
+    assert logp.shape == entropy.shape == (2, 17) and logp.dtype == entropy.dtype == jnp.float32
+    for row in range(2):
+        expected, expected_entropy = numpy_model.logprobs(config, params, tokens[row], temperature)
+        close(logp[row], expected)
+        close(entropy[row], expected_entropy)
+
+
+def test_gradient_of_the_logprobs_equals_finite_differences():
+    """Through the whole network, in a random direction of each parameter."""
+    tokens = random_tokens(1, 9)
+    params = parameters(FULL)
+    weight = np.random.default_rng(1).normal(size=9)
+
+    def loss(params):
+        hidden, _ = apply(FULL, params, tokens, count_up(1, 9))
+        logp, _ = token_logprobs(FULL, params, hidden, tokens, 0.6, chunk=4)
+        return jnp.sum(logp[0] * weight)
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    for number, (path, g) in enumerate(jax.tree_util.tree_leaves_with_path(gradient)):
+        direction = np.random.default_rng(number).normal(size=g.shape)
+
+        def moved(sign, path=path, direction=direction):
+            step = jax.tree_util.tree_map_with_path(
+                lambda at, x: np.asarray(x, np.float64) + sign * 1e-5 * direction * (at == path), params
+            )
+            return (numpy_model.logprobs(FULL, step, tokens[0], 0.6)[0] * weight).sum()
+
+        slope = (moved(1) - moved(-1)) / 2e-5
+        assert np.vdot(g, direction) == pytest.approx(slope, rel=1e-3, abs=2e-4), jax.tree_util.keystr(path)
+
+
+def test_entropy_carries_no_gradient_and_extreme_logits_stay_finite():
+    logits = jnp.array([[200.0, -200.0, 0.0], [0.0, 0.0, 0.0]])
+    logp, entropy = logprob_and_entropy(logits, jnp.array([1, 2]), 0.5)
+    close(logp, [-800.0, -np.log(3)])
+    close(entropy, [0.0, np.log(3)])
+    slope = jax.grad(lambda x: logprob_and_entropy(x, jnp.array([1, 2]), 1.0)[1].sum())(logits)
+    assert not np.any(slope)
+
+
+# Ways of being called
+
+
+def test_cached_decode_equals_full_forward_on_ragged_rows():
+    """Prompts of different lengths, padded on the left or the right, then one token at a time; some rows pause."""
+    rows, length, prompts = 4, 24, np.array([3, 9, 1, 14])
+    for config in (BASE, FULL):
+        params, tokens = parameters(config), random_tokens(rows, length)
+        full, _ = forward(config)(params, tokens, count_up(rows, length))
+        width = int(prompts.max())
+        for left in (False, True):
+            cache = new_cache(config, rows, length)
+            prompt, positions = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
+            for row, n in enumerate(prompts):
+                where = slice(width - n, width) if left else slice(0, n)
+                prompt[row, where], positions[row, where] = tokens[row, :n], np.arange(n)
+            hidden, cache = forward(config)(params, prompt, positions, cache)
+            for row in range(rows):
+                close(np.asarray(hidden)[row][positions[row] >= 0], full[row, : prompts[row]])
+            at = prompts.copy()
+            step = 0
+            while (at < length).any():
+                step += 1
+                # A row that is done, or that pauses now, is padding.
+                active = (at < length) & ((step + np.arange(rows)) % 3 > 0)
+                position = np.where(active, at, -1).astype(np.int32)[:, None]
+                token = tokens[np.arange(rows), np.minimum(at, length - 1)][:, None]
+                hidden, cache = forward(config)(params, token, position, cache)
+                assert np.isfinite(hidden).all()
+                for row in np.flatnonzero(active):
+                    close(hidden[row, 0], full[row, at[row]])
+                at += active
+
+
+def test_padding_is_neither_written_nor_attended():
+    params, tokens = parameters(FULL), random_tokens(2, 6)
+    cache = new_cache(FULL, 2, 8)
+    _, cache = forward(FULL)(params, tokens, count_up(2, 6), cache)
+    nothing = np.full((2, 3), -1, np.int32)
+    _, same = forward(FULL)(params, random_tokens(2, 3, seed=5), nothing, cache)
+    jax.tree.map(np.testing.assert_array_equal, cache, same)
+    beyond = np.full((2, 1), 8, np.int32)  # past the end: dropped, not clamped onto the last column
+    _, same = forward(FULL)(params, tokens[:, :1], beyond, cache)
+    jax.tree.map(np.testing.assert_array_equal, cache, same)
+
+
+def test_fork_equals_recompute():
+    """Rows 2 and 3 take over row 0 after 7 tokens and go on differently; row 1 is untouched, row 9 does not exist."""
+    params, tokens = parameters(FULL), random_tokens(4, 12)
+    _, cache = forward(FULL)(params, tokens, count_up(4, 12), new_cache(FULL, 4, 16))
+    source, target = np.array([0, 0, 1, 3, 2], np.int32), np.array([2, 3, 9, 1_000_000, -1], np.int32)
+    cache = jax.jit(fork)(cache, source, target)
+    branched = tokens.copy()
+    branched[2:, :7] = tokens[0, :7]
+    tail = random_tokens(4, 5, seed=3)
+    branched[2:, 7:] = tail[2:]
+    expected, _ = forward(FULL)(params, branched, count_up(4, 12))
+    positions = np.where(np.arange(4)[:, None] >= 2, np.arange(7, 12), -1).astype(np.int32)
+    hidden, cache = forward(FULL)(params, tail, positions, cache)
+    close(hidden[2:], expected[2:, 7:])
+    one_more = random_tokens(4, 1, seed=4)
+    hidden, _ = forward(FULL)(params, one_more, np.full((4, 1), 12, np.int32), cache)
+    expected, _ = forward(FULL)(params, np.concatenate([branched, one_more], 1), count_up(4, 13))
+    close(hidden[:, 0], expected[:, 12])
+
+
+def test_fork_reads_all_rows_before_it_writes():
+    cache = new_cache(BASE, 3, 4)
+    cache = jax.tree.map(lambda x: x + jnp.arange(3.0).reshape(3, 1, 1, 1), cache)
+    swapped = fork(cache, jnp.array([0, 1]), jnp.array([1, 0]))
+    for leaf in jax.tree.leaves(swapped):
+        assert [float(leaf[row].min()) for row in range(3)] == [1.0, 0.0, 2.0]
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.integers(1, 11), st.integers(0, 1000))
+def test_rewind_equals_recompute(keep, seed):
+    """After 12 tokens the row goes back to `keep` of them and on with others; what lay behind leaves no trace."""
+    params, tokens, other = parameters(FULL), random_tokens(1, 12), random_tokens(1, 12, seed=seed)
+    _, cache = forward(FULL)(params, tokens, count_up(1, 12), new_cache(FULL, 1, 16))
+    mixed = np.concatenate([tokens[:, :keep], other[:, keep:]], axis=1)
+    expected, _ = forward(FULL)(params, mixed, count_up(1, 12))
+    positions = np.where(np.arange(12) >= keep, np.arange(12), -1).astype(np.int32)[None]
+    hidden, _ = forward(FULL)(params, other, positions, cache)
+    close(hidden[:, keep:], expected[:, keep:])
+
+
+def packed_rows():
+    """Three sequences packed into two rows with padding at the end, and the same sequences in rows of their own."""
+    lengths, length = (7, 5, 9), 14
+    tokens = random_tokens(3, 9, seed=2)
+    packed = {name: np.zeros((2, length), np.int32) for name in ("tokens", "segments")}
+    packed["positions"] = np.full((2, length), -1, np.int32)
+    padded = {"tokens": np.zeros((3, 9), np.int32), "positions": np.full((3, 9), -1, np.int32)}
+    places = [(0, 0, 1), (0, 7, 2), (1, 0, 1)]
+    for sequence, (n, (row, start, segment)) in enumerate(zip(lengths, places, strict=True)):
+        where = (row, slice(start, start + n))
+        packed["tokens"][where], packed["segments"][where] = tokens[sequence, :n], segment
+        packed["positions"][where] = np.arange(n)
+        padded["tokens"][sequence, :n], padded["positions"][sequence, :n] = tokens[sequence, :n], np.arange(n)
+    return packed, padded, lengths, places
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_packed_equals_padded_in_hidden_and_gradient(remat):
+    config = dataclasses.replace(FULL, remat=remat)
+    params = parameters(config)
+    packed, padded, lengths, places = packed_rows()
+    weights = np.random.default_rng(3).normal(size=(3, 9, config.d_model)).astype(np.float32)
+
+    def sequences(params, batch, cut):
+        hidden, _ = apply(config, params, **batch)
+        total = sum((hidden[row, s : s + n] * w[:n]).sum() for (row, s, n), w in zip(cut, weights, strict=True))
+        return total, hidden
+
+    gradient = jax.value_and_grad(sequences, has_aux=True)
+    cuts = [(row, start, n) for n, (row, start, _) in zip(lengths, places, strict=True)]
+    (a, hidden_a), grad_a = gradient(params, packed, cuts)
+    (b, hidden_b), grad_b = gradient(params, padded, [(i, 0, n) for i, n in enumerate(lengths)])
+    for i, (row, start, n) in enumerate(cuts):
+        close(hidden_a[row, start : start + n], hidden_b[i, :n])
+    close(a, b, 1e-4)
+    jax.tree.map(close, grad_a, grad_b)
+
+
+def test_rows_of_padding_are_finite_and_carry_no_gradient():
+    params = parameters(FULL)
+    packed, _, _, _ = packed_rows()
+    blank = {"tokens": np.zeros((2, 14), np.int32), "positions": np.full((2, 14), -1, np.int32)}
+    blank["segments"] = np.zeros((2, 14), np.int32)
+    both = {name: np.concatenate([packed[name], blank[name]]) for name in packed}
+
+    def loss(params, batch):
+        hidden, _ = apply(FULL, params, **batch)
+        logp, _ = token_logprobs(FULL, params, hidden, batch["tokens"], 1.0)
+        return jnp.sum(jnp.where(batch["positions"] > 0, logp, 0.0)), (hidden, logp)
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    with_blank, outputs = gradient(params, both)
+    without, _ = gradient(params, packed)
+    alone, _ = gradient(params, blank)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((outputs, with_blank)))
+    assert all(not np.any(x) for x in jax.tree.leaves(alone))
+    jax.tree.map(close, with_blank, without)
+
+
+def test_remat_changes_neither_names_nor_values():
+    plain, remat = BASE, dataclasses.replace(BASE, remat=True)
+    a, b = init(plain, jax.random.key(3)), init(remat, jax.random.key(3))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    tokens = random_tokens(2, 8)
+    grads = [
+        jax.jit(jax.grad(lambda p, c=c: jnp.square(apply(c, p, tokens, count_up(2, 8))[0] + p["embed"][0]).sum()))(a)
+        for c in (plain, remat)
+    ]
+    jax.tree.map(close, *grads)
+
+
+def test_bfloat16_runs_and_stays_close():
+    config = dataclasses.replace(FULL, dtype="bfloat16")
+    params, tokens = parameters(FULL), random_tokens(2, 16)
+    assert jax.tree.map(jnp.shape, init(config, jax.random.key(0))) == jax.tree.map(jnp.shape, params)
+    exact, _ = forward(FULL)(params, tokens, count_up(2, 16))
+    hidden, _ = forward(config)(params, tokens, count_up(2, 16))
+    assert hidden.dtype == jnp.bfloat16 and unembed(config, params, hidden).dtype == jnp.float32
+    assert np.abs(np.asarray(hidden, np.float32) - exact).max() < 0.1
+    wanted, _ = token_logprobs(FULL, params, exact, tokens, 1.0)
+    logp, _ = token_logprobs(config, params, hidden, tokens, 1.0)
+    assert np.abs(logp - wanted).max() < 0.1 and np.abs(logp - wanted).max() > 0
+    cache = new_cache(config, 2, 16)
+    assert cache[0].k.dtype == jnp.bfloat16
+    _, cache = forward(config)(params, tokens[:, :15], count_up(2, 15), cache)
+    last, _ = forward(config)(params, tokens[:, 15:], np.full((2, 1), 15, np.int32), cache)
+    assert np.abs(np.asarray(last[:, 0], np.float32) - exact[:, 15]).max() < 0.1
+    gradient = jax.grad(lambda p: apply(config, p, tokens, count_up(2, 16))[0].astype(jnp.float32).std())(params)
+    assert all(x.dtype == jnp.float32 and np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+    half = dataclasses.replace(config, param_dtype="bfloat16")
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(init(half, jax.random.key(0))))
+
+
+# What is compiled
+
+
+def test_the_logits_of_a_batch_never_exist():
+    config = dataclasses.replace(BASE, vocab_size=4099)
+    rows, length, chunk = 4, 128, 16
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+    def loss(params, hidden, tokens):
+        logp, entropy = token_logprobs(config, params, hidden, tokens, 0.6, chunk=chunk)
+        return jnp.sum(logp), entropy
+
+    hidden = jax.ShapeDtypeStruct((rows, length, config.d_model), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(shapes, hidden, tokens).compile()
+    sizes = {
+        int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+    }
+    assert rows * chunk * config.vocab_size in sizes  # the text does name the shapes of its buffers
+    assert max(sizes) < rows * length * config.vocab_size / 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * rows * length * config.vocab_size / 2
+
+
+@pytest.mark.parametrize("tokens_per_call", [1, 3])
+def test_a_decode_loop_writes_the_cache_in_place(tokens_per_call):
+    """Inside a scan over a donated cache there is no copy of a layer, and no room for one."""
+    rows, length = 8, 512
+    params = jax.eval_shape(lambda: init(BASE, jax.random.key(0)))
+    cache = jax.eval_shape(lambda: new_cache(BASE, rows, length))
+
+    def decode(params, cache, tokens, positions):
+        def step(carry, _):
+            cache, positions = carry
+            hidden, cache = apply(BASE, params, tokens, positions, cache)
+            return (cache, positions + tokens_per_call), hidden
+
+        return jax.lax.scan(step, (cache, positions), None, length=10)
+
+    ids = jax.ShapeDtypeStruct((rows, tokens_per_call), jnp.int32)
+    compiled = jax.jit(decode, donate_argnums=1).lower(params, cache, ids, ids).compile()
+    layer = f"{rows},{BASE.kv_heads},({BASE.head_dim},{length}|{length},{BASE.head_dim})"
+    text = compiled.as_text()
+    assert re.search(rf"f32\[{layer}\]", text)
+    assert not re.search(rf"= f32\[{layer}\]\S* copy\(", text)
+    bytes_of_k = 4 * rows * BASE.kv_heads * BASE.head_dim * length
+    assert compiled.memory_analysis().temp_size_in_bytes < bytes_of_k
+    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * BASE.layers * bytes_of_k
+
+
+# Configuration
+
+
+def test_parameter_names_and_count():
+    for config in (BASE, FULL, dataclasses.replace(BASE, kv_heads=1, qkv_bias=True)):
+        params = init(config, jax.random.key(0))
+        assert sum(x.size for x in jax.tree.leaves(params)) == count_params(config)
+    names = {
+        jax.tree_util.keystr(p, simple=True, separator="/")
+        for p, _ in jax.tree_util.tree_leaves_with_path(init(FULL, jax.random.key(0)))
+    }
+    attention = {f"attn/{n}" for n in ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm")}
+    block = attention | {"attn_norm", "mlp_norm", "mlp/gate", "mlp/up", "mlp/down"}
+    assert names == {"embed", "final_norm", "head"} | {f"layers_{i}/{name}" for i in range(2) for name in block}
+
+
+def test_published_shapes_fit():
+    """Parameter counts of published models that this module is to load, from their configurations."""
+    qwen25_7b = ModelConfig(152064, 3584, 28, 28, 4, 128, 18944, 1e6, qkv_bias=True, tied=False)
+    assert count_params(qwen25_7b) == 7_615_616_512
+    qwen3_4b = ModelConfig(151936, 2560, 36, 32, 8, 128, 9728, 1e6, qk_norm=True, tied=True)
+    assert count_params(qwen3_4b) == 4_022_468_096
+    llama3_8b = ModelConfig(128256, 4096, 32, 32, 8, 128, 14336, 5e5, 1e-5, tied=False)
+    assert count_params(llama3_8b) == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    "change,named",
+    [
+        ({"kv_heads": 3}, "model.heads=4 is not a multiple of model.kv_heads=3"),
+        ({"head_dim": 7}, "model.head_dim=7 must be even"),
+        ({"layers": 0}, "model.layers must be a positive integer, not 0"),
+        ({"d_ff": 2.5}, "model.d_ff must be a positive integer, not 2.5"),
+        ({"dtype": "float16"}, "model.dtype must be one of float32, bfloat16, not 'float16'"),
+        ({"rope_theta": 0.0}, "model.rope_theta must be positive"),
+    ],
+)
+def test_an_impossible_network_is_an_error_that_names_the_field(change, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        dataclasses.replace(BASE, **change)
+
+
+def test_wrong_calls_are_errors():
+    params, tokens = parameters(BASE), random_tokens(2, 4)
+    positions, cache = count_up(2, 4), new_cache(BASE, 2, 8)
+    for match, arguments in {
+        "tokens and positions": (tokens, positions[:, :3]),
+        "segments must be": (tokens, positions, None, positions[:1]),
+        "a cache row holds one sequence": (tokens, positions, cache, positions),
+        "2 layers of 3 rows": (tokens, positions, new_cache(BASE, 3, 8)),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            apply(BASE, params, *arguments)
+    with pytest.raises(ValueError, match="at least one row"):
+        new_cache(BASE, 0, 8)
+    with pytest.raises(ValueError, match="tokens must be"):
+        token_logprobs(BASE, params, jnp.zeros((2, 4, 24)), tokens[:, :3], 1.0)
