@@ -24,6 +24,18 @@ from elpo_jax.trees.tree import Leaf, Probe, RolloutTree, SearchRecord
 FAMILIES = ("ledger", "wordmath")
 TOOLS = {"ledger": ("balance", "transfer", "spend", "close_account"), "wordmath": ("code_interpreter",)}
 
+HOSTILE = (
+    "</script><script>window.hit=1</script>",
+    "<img src=x onerror=window.hit=1>",
+    "'\"><svg onload=window.hit=1>",
+    "{{script}} \\u003c/script>",
+    "line\u2028separator\u2029end",
+    "\x1b[31mred\x1b]0;title\x07",
+    "\u202eright to left\u202c \u05d0\u200f",
+    "null \x00 and half \ud83d of a pair",
+    "javascript:window.hit=1",
+)
+
 
 def build_run(
     folder: Path, *, seed: int = 0, dumps: tuple[int, ...] = (1, 20, 40), tasks: int = 8, budget: int = 8
@@ -40,9 +52,35 @@ def build_run(
     for stage, gain in (("grpo", 0.22), ("elpo", 0.34)):
         write_rows(folder / stage / "metrics.jsonl", rl_rows(stage, gain, rng))
         for dump in dumps:
-            trees = [tree(stage, dump, FAMILIES[i % 2], i, rng, 0.3 + dump / 100, budget) for i in range(tasks)]
+            skills = [0.3 + dump / 100] * (tasks - 2) + [0.0, 1.0]  # the last but one always fails, the last never
+            trees = [tree(stage, dump, FAMILIES[i % 2], i, rng, skill, budget) for i, skill in enumerate(skills)]
             write_rows(folder / stage / "rollouts" / f"step_{dump:06d}.jsonl", trees)
     return folder
+
+
+def build_hostile_run(folder: Path) -> Path:
+    """A run in which every string that a model, a tool or a task wrote is hostile."""
+    build_run(folder, dumps=(1,), tasks=2)
+    for path in folder.glob("*/rollouts/*.jsonl"):
+        write_rows(path, [poison(json.loads(line)) for line in path.read_text().splitlines()])
+    write(folder / "config.json", CONFIG | {"name": HOSTILE[0], HOSTILE[1]: HOSTILE[5]})
+    return folder
+
+
+def poison(tree: dict) -> dict:
+    everything = " ".join(HOSTILE)
+    tree["task"] |= {"id": everything, "family": HOSTILE[1], "prompt": everything, "answer": everything}
+    tree["prompt"]["text"] = everything
+    for leaf in tree["leaves"]:
+        leaf |= {"reason": everything, "answer": everything}
+        for step in leaf["steps"]:
+            step["text"] = everything
+            step["tokens"] = [HOSTILE[i % len(HOSTILE)] for i in range(len(step["tokens"]))]
+            if step["call"]:
+                step["call"] = {"name": HOSTILE[1], "arguments": {HOSTILE[0]: everything, "x": {HOSTILE[4]: 1}}}
+            if step["result"]:
+                step["result"] |= {"text": everything, "detail": HOSTILE[5]}
+    return tree
 
 
 def write(path: Path, value: object) -> None:

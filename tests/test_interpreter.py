@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -147,6 +148,23 @@ def test_odd_programs_are_short_errors(interpreter, code):
 def test_endless_programs_time_out(interpreter, code):
     result = run(interpreter, code)
     assert (result.status, result.text) == (Status.TIMEOUT, "Error: the program ran longer than 0.4 s")
+
+
+@pytest.mark.parametrize(
+    ("code", "least", "most"),
+    [
+        ("while True: pass", 0.1, 1.2),
+        # The limit of whole seconds behind the exact timer.
+        ("import signal\nsignal.setitimer(signal.ITIMER_PROF, 0)\nwhile True: pass", 1.4, 3),
+    ],
+)
+def test_time_is_cpu_time_of_the_program(monkeypatch, code, least, most):
+    monkeypatch.setattr("elpo_jax.tools.interpreter.WALL_FACTOR", 1000)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    with CodeInterpreter(workers=1, cpu_seconds=0.2) as interpreter:
+        result = run(interpreter, code)
+    assert (result.status, result.detail) == (Status.TIMEOUT, "cpu")
+    assert least < resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < most
 
 
 @pytest.mark.parametrize(
@@ -327,7 +345,7 @@ def test_closing_ends_calls_under_way_and_refuses_later_ones(own_workers):
 
 @pytest.mark.parametrize("end", ["exit", "kill", "kill all but the program"])
 def test_the_end_of_the_parent_leaves_no_process(end):
-    """Whether it ends without closing its interpreter, or is killed while a program runs, with the worker or without."""
+    """Whether it ends without closing its interpreter, or is killed while a program runs, alone or with the worker."""
     script = f"""
 import sys, threading
 sys.path.insert(0, {str(ROOT)!r})

@@ -25,9 +25,14 @@ forward = functools.cache(lambda config: jax.jit(functools.partial(apply, config
 
 @functools.cache
 def parameters(config: ModelConfig):
-    """Random parameters in which norms and biases are not the ones and zeros of the start."""
+    """Random parameters of a size like the initial ones, but norms and biases are not all ones and zeros."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=x.shape)).astype(x.dtype), init(config, jax.random.key(0)))
+
+    def fill(path, x):
+        start = 1.0 if "norm" in path[-1].key else 0.0
+        return (start + rng.normal(size=x.shape) * (x.shape[0] ** -0.5 if x.ndim > 1 else 0.1)).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(lambda: init(config, jax.random.key(0))))
 
 
 def random_tokens(*shape, seed=0, vocab=BASE.vocab_size):
@@ -45,7 +50,7 @@ def close(a, b, tolerance=1e-5):
 # Against the independent forward
 
 
-@pytest.mark.parametrize("qk_norm,qkv_bias,tied", itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize("qk_norm,qkv_bias,tied", list(itertools.product([False, True], repeat=3)))
 def test_forward_equals_float64_numpy(qk_norm, qkv_bias, tied):
     config = dataclasses.replace(BASE, qk_norm=qk_norm, qkv_bias=qkv_bias, tied=tied)
     params, tokens = parameters(config), random_tokens(3, 19)
@@ -100,7 +105,7 @@ def test_gradient_of_the_logprobs_equals_finite_differences():
 
         def moved(sign, path=path, direction=direction):
             step = jax.tree_util.tree_map_with_path(
-                lambda at, x: np.asarray(x, np.float64) + sign * 1e-5 * direction * (at == path), params
+                lambda at, x: x.astype(np.float64) + sign * 1e-5 * direction if at == path else x, params
             )
             return (numpy_model.logprobs(FULL, step, tokens[0], 0.6)[0] * weight).sum()
 
@@ -123,32 +128,31 @@ def test_entropy_carries_no_gradient_and_extreme_logits_stay_finite():
 def test_cached_decode_equals_full_forward_on_ragged_rows():
     """Prompts of different lengths, padded on the left or the right, then one token at a time; some rows pause."""
     rows, length, prompts = 4, 24, np.array([3, 9, 1, 14])
-    for config in (BASE, FULL):
-        params, tokens = parameters(config), random_tokens(rows, length)
-        full, _ = forward(config)(params, tokens, count_up(rows, length))
-        width = int(prompts.max())
-        for left in (False, True):
-            cache = new_cache(config, rows, length)
-            prompt, positions = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
-            for row, n in enumerate(prompts):
-                where = slice(width - n, width) if left else slice(0, n)
-                prompt[row, where], positions[row, where] = tokens[row, :n], np.arange(n)
-            hidden, cache = forward(config)(params, prompt, positions, cache)
-            for row in range(rows):
-                close(np.asarray(hidden)[row][positions[row] >= 0], full[row, : prompts[row]])
-            at = prompts.copy()
-            step = 0
-            while (at < length).any():
-                step += 1
-                # A row that is done, or that pauses now, is padding.
-                active = (at < length) & ((step + np.arange(rows)) % 3 > 0)
-                position = np.where(active, at, -1).astype(np.int32)[:, None]
-                token = tokens[np.arange(rows), np.minimum(at, length - 1)][:, None]
-                hidden, cache = forward(config)(params, token, position, cache)
-                assert np.isfinite(hidden).all()
-                for row in np.flatnonzero(active):
-                    close(hidden[row, 0], full[row, at[row]])
-                at += active
+    params, tokens = parameters(FULL), random_tokens(rows, length)
+    full, _ = forward(FULL)(params, tokens, count_up(rows, length))
+    width = int(prompts.max())
+    for left in (False, True):
+        cache = new_cache(FULL, rows, length)
+        prompt, positions = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
+        for row, n in enumerate(prompts):
+            where = slice(width - n, width) if left else slice(0, n)
+            prompt[row, where], positions[row, where] = tokens[row, :n], np.arange(n)
+        hidden, cache = forward(FULL)(params, prompt, positions, cache)
+        for row in range(rows):
+            close(np.asarray(hidden)[row][positions[row] >= 0], full[row, : prompts[row]])
+        at = prompts.copy()
+        step = 0
+        while (at < length).any():
+            step += 1
+            # A row that is done, or that pauses now, is padding.
+            active = (at < length) & ((step + np.arange(rows)) % 3 > 0)
+            position = np.where(active, at, -1).astype(np.int32)[:, None]
+            token = tokens[np.arange(rows), np.minimum(at, length - 1)][:, None]
+            hidden, cache = forward(FULL)(params, token, position, cache)
+            assert np.isfinite(hidden).all()
+            for row in np.flatnonzero(active):
+                close(hidden[row, 0], full[row, at[row]])
+            at += active
 
 
 def test_padding_is_neither_written_nor_attended():
@@ -173,13 +177,12 @@ def test_fork_equals_recompute():
     branched[2:, :7] = tokens[0, :7]
     tail = random_tokens(4, 5, seed=3)
     branched[2:, 7:] = tail[2:]
-    expected, _ = forward(FULL)(params, branched, count_up(4, 12))
+    one_more = random_tokens(4, 1, seed=4)
+    expected, _ = forward(FULL)(params, np.concatenate([branched, one_more], 1), count_up(4, 13))
     positions = np.where(np.arange(4)[:, None] >= 2, np.arange(7, 12), -1).astype(np.int32)
     hidden, cache = forward(FULL)(params, tail, positions, cache)
-    close(hidden[2:], expected[2:, 7:])
-    one_more = random_tokens(4, 1, seed=4)
+    close(hidden[2:], expected[2:, 7:12])
     hidden, _ = forward(FULL)(params, one_more, np.full((4, 1), 12, np.int32), cache)
-    expected, _ = forward(FULL)(params, np.concatenate([branched, one_more], 1), count_up(4, 13))
     close(hidden[:, 0], expected[:, 12])
 
 
@@ -220,22 +223,21 @@ def packed_rows():
     return packed, padded, lengths, places
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_packed_equals_padded_in_hidden_and_gradient(remat):
-    config = dataclasses.replace(FULL, remat=remat)
-    params = parameters(config)
+def test_packed_equals_padded_in_hidden_and_gradient():
+    config, params = FULL, parameters(FULL)
     packed, padded, lengths, places = packed_rows()
     weights = np.random.default_rng(3).normal(size=(3, 9, config.d_model)).astype(np.float32)
 
+    @functools.partial(jax.jit, static_argnums=2)
     def sequences(params, batch, cut):
         hidden, _ = apply(config, params, **batch)
         total = sum((hidden[row, s : s + n] * w[:n]).sum() for (row, s, n), w in zip(cut, weights, strict=True))
         return total, hidden
 
     gradient = jax.value_and_grad(sequences, has_aux=True)
-    cuts = [(row, start, n) for n, (row, start, _) in zip(lengths, places, strict=True)]
+    cuts = tuple((row, start, n) for n, (row, start, _) in zip(lengths, places, strict=True))
     (a, hidden_a), grad_a = gradient(params, packed, cuts)
-    (b, hidden_b), grad_b = gradient(params, padded, [(i, 0, n) for i, n in enumerate(lengths)])
+    (b, hidden_b), grad_b = gradient(params, padded, tuple((i, 0, n) for i, n in enumerate(lengths)))
     for i, (row, start, n) in enumerate(cuts):
         close(hidden_a[row, start : start + n], hidden_b[i, :n])
     close(a, b, 1e-4)
@@ -263,22 +265,38 @@ def test_rows_of_padding_are_finite_and_carry_no_gradient():
     jax.tree.map(close, with_blank, without)
 
 
-def test_remat_changes_neither_names_nor_values():
-    plain, remat = BASE, dataclasses.replace(BASE, remat=True)
-    a, b = init(plain, jax.random.key(3)), init(remat, jax.random.key(3))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+def test_initial_scales():
+    """Matrices keep the variance of what they read; what writes to the residual stream is smaller by sqrt(2 L)."""
+    config = ModelConfig(vocab_size=512, d_model=256, layers=2, heads=8, kv_heads=2, head_dim=32, d_ff=512)
+    params = init(config, jax.random.key(0))
+    block = params["layers_1"]
+    for matrix, deviation in (
+        (params["embed"], 256**-0.5),
+        (block["attn"]["q"], 256**-0.5),
+        (block["attn"]["o"], 256**-0.5 / 2),
+        (block["mlp"]["down"], 512**-0.5 / 2),
+    ):
+        assert float(matrix.std()) == pytest.approx(deviation, rel=0.02)
+    assert np.all(block["attn_norm"] == 1) and not np.allclose(block["attn"]["q"], params["layers_0"]["attn"]["q"])
+
+
+def test_remat_changes_neither_names_nor_gradients():
+    remat = dataclasses.replace(FULL, remat=True)
+    params = parameters(FULL)
+    jax.tree.map(np.testing.assert_array_equal, params, parameters(remat))
     tokens = random_tokens(2, 8)
-    grads = [
-        jax.jit(jax.grad(lambda p, c=c: jnp.square(apply(c, p, tokens, count_up(2, 8))[0] + p["embed"][0]).sum()))(a)
-        for c in (plain, remat)
-    ]
-    jax.tree.map(close, *grads)
+    target = np.random.default_rng(5).normal(size=(2, 8, FULL.d_model))
+
+    def gradient(config):
+        return jax.jit(jax.grad(lambda p: jnp.sum(apply(config, p, tokens, count_up(2, 8))[0] * target)))
+
+    assert "remat" in str(jax.make_jaxpr(gradient(remat))(params))
+    jax.tree.map(close, gradient(FULL)(params), gradient(remat)(params))
 
 
 def test_bfloat16_runs_and_stays_close():
     config = dataclasses.replace(FULL, dtype="bfloat16")
     params, tokens = parameters(FULL), random_tokens(2, 16)
-    assert jax.tree.map(jnp.shape, init(config, jax.random.key(0))) == jax.tree.map(jnp.shape, params)
     exact, _ = forward(FULL)(params, tokens, count_up(2, 16))
     hidden, _ = forward(config)(params, tokens, count_up(2, 16))
     assert hidden.dtype == jnp.bfloat16 and unembed(config, params, hidden).dtype == jnp.float32
@@ -291,10 +309,13 @@ def test_bfloat16_runs_and_stays_close():
     _, cache = forward(config)(params, tokens[:, :15], count_up(2, 15), cache)
     last, _ = forward(config)(params, tokens[:, 15:], np.full((2, 1), 15, np.int32), cache)
     assert np.abs(np.asarray(last[:, 0], np.float32) - exact[:, 15]).max() < 0.1
-    gradient = jax.grad(lambda p: apply(config, p, tokens, count_up(2, 16))[0].astype(jnp.float32).std())(params)
+    gradient = jax.jit(jax.grad(lambda p: apply(config, p, tokens, count_up(2, 16))[0].astype(jnp.float32).std()))(
+        params
+    )
     assert all(x.dtype == jnp.float32 and np.isfinite(x).all() for x in jax.tree.leaves(gradient))
     half = dataclasses.replace(config, param_dtype="bfloat16")
-    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(init(half, jax.random.key(0))))
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(parameters(half)))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(parameters(config)))
 
 
 # What is compiled
@@ -323,27 +344,27 @@ def test_the_logits_of_a_batch_never_exist():
 @pytest.mark.parametrize("tokens_per_call", [1, 3])
 def test_a_decode_loop_writes_the_cache_in_place(tokens_per_call):
     """Inside a scan over a donated cache there is no copy of a layer, and no room for one."""
-    rows, length = 8, 512
-    params = jax.eval_shape(lambda: init(BASE, jax.random.key(0)))
-    cache = jax.eval_shape(lambda: new_cache(BASE, rows, length))
+    config, rows, length = dataclasses.replace(BASE, head_dim=64), 8, 512
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    cache = jax.eval_shape(lambda: new_cache(config, rows, length))
 
     def decode(params, cache, tokens, positions):
         def step(carry, _):
             cache, positions = carry
-            hidden, cache = apply(BASE, params, tokens, positions, cache)
+            hidden, cache = apply(config, params, tokens, positions, cache)
             return (cache, positions + tokens_per_call), hidden
 
         return jax.lax.scan(step, (cache, positions), None, length=10)
 
     ids = jax.ShapeDtypeStruct((rows, tokens_per_call), jnp.int32)
     compiled = jax.jit(decode, donate_argnums=1).lower(params, cache, ids, ids).compile()
-    layer = f"{rows},{BASE.kv_heads},({BASE.head_dim},{length}|{length},{BASE.head_dim})"
+    layer = f"{rows},{config.kv_heads},({config.head_dim},{length}|{length},{config.head_dim})"
     text = compiled.as_text()
     assert re.search(rf"f32\[{layer}\]", text)
     assert not re.search(rf"= f32\[{layer}\]\S* copy\(", text)
-    bytes_of_k = 4 * rows * BASE.kv_heads * BASE.head_dim * length
+    bytes_of_k = 4 * rows * config.kv_heads * config.head_dim * length
     assert compiled.memory_analysis().temp_size_in_bytes < bytes_of_k
-    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * BASE.layers * bytes_of_k
+    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * config.layers * bytes_of_k
 
 
 # Configuration
@@ -351,12 +372,9 @@ def test_a_decode_loop_writes_the_cache_in_place(tokens_per_call):
 
 def test_parameter_names_and_count():
     for config in (BASE, FULL, dataclasses.replace(BASE, kv_heads=1, qkv_bias=True)):
-        params = init(config, jax.random.key(0))
-        assert sum(x.size for x in jax.tree.leaves(params)) == count_params(config)
-    names = {
-        jax.tree_util.keystr(p, simple=True, separator="/")
-        for p, _ in jax.tree_util.tree_leaves_with_path(init(FULL, jax.random.key(0)))
-    }
+        assert sum(x.size for x in jax.tree.leaves(parameters(config))) == count_params(config)
+    leaves = jax.tree_util.tree_leaves_with_path(parameters(FULL))
+    names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
     attention = {f"attn/{n}" for n in ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm")}
     block = attention | {"attn_norm", "mlp_norm", "mlp/gate", "mlp/up", "mlp/down"}
     assert names == {"embed", "final_norm", "head"} | {f"layers_{i}/{name}" for i in range(2) for name in block}

@@ -1,11 +1,10 @@
-"""The page of a run: what it says is what was written, hostile text stays text, and a real browser agrees."""
+"""The page of a run: what it says is what was written, and hostile text stays text (see also test_report_browser)."""
 
 import base64
 import hashlib
 import html.parser
 import importlib.resources
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 import report_fixture
 from hypothesis import given
 from hypothesis import strategies as st
+from report_fixture import HOSTILE, build_hostile_run
 
 from elpo_jax.report.curves import MOST_POINTS, curves, thin
 from elpo_jax.report.page import build_report
@@ -25,17 +25,6 @@ from elpo_jax.report.trees import Vocabulary, embedded_trees, prepare
 from elpo_jax.trees.serial import tree_from_json
 
 ROOT = Path(__file__).parents[1]
-HOSTILE = (
-    "</script><script>window.hit=1</script>",
-    "<img src=x onerror=window.hit=1>",
-    "'\"><svg onload=window.hit=1>",
-    "{{script}} \\u003c/script>",
-    "line\u2028separator\u2029end",
-    "\x1b[31mred\x1b]0;title\x07",
-    "\u202eright to left\u202c \u05d0\u200f",
-    "null \x00 and half \ud83d of a pair",
-    "javascript:window.hit=1",
-)
 
 
 class Parts(html.parser.HTMLParser):
@@ -73,30 +62,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hostile_run(tmp_path_factory):
-    """A run in which every string that a model, a tool or a task wrote is hostile."""
-    folder = report_fixture.build_run(tmp_path_factory.mktemp("hostile") / "run", dumps=(1,), tasks=2)
-    for path in folder.glob("*/rollouts/*.jsonl"):
-        report_fixture.write_rows(path, [poison(json.loads(line)) for line in path.read_text().splitlines()])
-    config = json.loads((folder / "config.json").read_text())
-    report_fixture.write(folder / "config.json", config | {"name": HOSTILE[0], HOSTILE[1]: HOSTILE[5]})
+    folder = build_hostile_run(tmp_path_factory.mktemp("hostile") / "run")
     build_report(folder)
     return folder
-
-
-def poison(tree):
-    everything = " ".join(HOSTILE)
-    tree["task"] |= {"id": everything, "family": HOSTILE[1], "prompt": everything, "answer": everything}
-    tree["prompt"]["text"] = everything
-    for leaf in tree["leaves"]:
-        leaf |= {"reason": everything, "answer": everything}
-        for step in leaf["steps"]:
-            step["text"] = everything
-            step["tokens"] = [HOSTILE[i % len(HOSTILE)] for i in range(len(step["tokens"]))]
-            if step["call"]:
-                step["call"] = {"name": HOSTILE[1], "arguments": {HOSTILE[0]: everything, "x": {HOSTILE[4]: 1}}}
-            if step["result"]:
-                step["result"] |= {"text": everything, "detail": HOSTILE[5]}
-    return tree
 
 
 def page_data(path):
@@ -283,6 +251,9 @@ def test_the_comparison_is_put_in_words_that_fit_the_numbers():
     words = " ".join(result_tables(results(near, far, 1000), {})["reading"])
     assert "30.0 points above SFT (the intervals do not overlap)" in words
     assert "15.0 points above GRPO (the intervals do not overlap)" in words and "the same budget." in words
+    words = " ".join(result_tables(results(near, far | {"ci": [0.59, 0.75]}, 1005), {})["reading"])
+    assert "15.0 points above GRPO (the intervals overlap: this run does not settle it)" in words
+    assert "level with GRPO" in " ".join(result_tables(results(near, near, 1000), {})["reading"])
     words = " ".join(result_tables(results(far, near | {"ci": [0.5, 0.66]}, 1200), {})["reading"])
     assert "15.0 points below GRPO (the intervals overlap: this run does not settle it)" in words
     assert "not the same budget" in words
@@ -337,241 +308,3 @@ def test_the_command_writes_the_page_or_says_what_is_wrong(run, tmp_path):
         failed = command(folder)
         assert failed.returncode == 1 and words in failed.stderr and "Traceback" not in failed.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-# --- in a browser ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"no browser: install one of {', '.join(names)}, or set CHROMIUM to its path")
-    arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=path, args=arguments)
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def visit(browser):
-    """Opens the page of a run with the network shut; in the end nothing was asked for and nothing went wrong."""
-    contexts, complaints = [], []
-
-    def opened(run, width=1280, height=800, scheme="light"):
-        path = run / "report.html"
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, offline=True)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: request.url != path.as_uri() and complaints.append(request.url))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: complaints.append(dialog.message))
-        page.goto(path.as_uri())
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert complaints == []
-
-
-def first_tree(run, page):
-    """The tree that is open, from the data of the page."""
-    title = page.locator(".treetitle h3").inner_text()
-    data = page_data(run / "report.html")
-    return next(t for t in data["trees"] if t["task"]["id"] == title), data
-
-
-def test_a_node_opens_the_attempt_at_its_step(run, visit):
-    page = visit(run)
-    tree, data = first_tree(run, page)
-    assert page.locator(".node:not(.prompt)").count() == len(tree["nodes"])
-    assert page.locator("button.leaf").count() == len(tree["leaves"])
-    marked = {
-        int(i) for i in page.locator(".node.critical").evaluate_all("nodes => nodes.map(node => node.dataset.node)")
-    }
-    assert marked == {i for i, node in enumerate(tree["nodes"]) if node["critical"]} != set()
-    assert page.locator(".steps .probe").count() == len({p["at"] for s in tree["searches"] for p in s["probes"]})
-    for index in (len(tree["nodes"]) - 1, 0):
-        node = tree["nodes"][index]
-        page.locator(f'[data-node="{index}"]').click()
-        block = page.locator(".step.here")
-        assert block.locator(".tokens").inner_text().replace("\u21b5", "") == "".join(
-            data["vocabulary"][t][1] for t in node["tokens"]
-        )
-        text = block.inner_text()
-        for number in (node["advantage"], node["branch"], node["trajectory"]):
-            assert f"{number:+.3f}".replace("-", "\u2212") in text
-        assert (node["result"] or {"text": ""})["text"] in text
-    leaf = tree["leaves"][-1]
-    page.locator("button.leaf").last.click()
-    panel = page.locator(".attempt")
-    assert panel.locator(".step").count() == len(leaf["path"])
-    assert leaf["reason"] in panel.inner_text() and ("Solved" if leaf["success"] else "Failed") in panel.inner_text()
-    panel.locator("summary").click()
-    assert panel.locator("details pre").inner_text().strip() == tree["prompt"].strip()
-
-
-def test_tokens_show_their_exact_values_and_take_the_chosen_colour(run, visit):
-    page = visit(run)
-    tree, data = first_tree(run, page)
-    page.locator('[data-node="0"]').click()
-    node = tree["nodes"][0]
-    tokens = page.locator(".step.here .tokens span")
-    order = sorted(range(len(node["tokens"])), key=lambda i: node["entropies"][i])
-    shades = {}
-    for quantity in ("advantage", "logprob", "entropy"):
-        page.locator(f'[data-by="{quantity}"]').click()
-        shades[quantity] = tokens.evaluate_all("spans => spans.map(span => getComputedStyle(span).backgroundColor)")
-    assert len(set(shades["advantage"])) == 1, "a step has one advantage"
-    assert shades["entropy"][order[0]] != shades["entropy"][order[-1]]
-    assert shades["logprob"] != shades["entropy"]
-    i = order[-1]
-    tokens.nth(i).hover()
-    tip = page.locator("#tip").inner_text().replace("\u2212", "-")
-    token, string = data["vocabulary"][node["tokens"][i]]
-    assert f"{json.dumps(string, ensure_ascii=False)} (id {token})" in tip
-    assert f"log-probability {node['logprobs'][i]:.5f}" in tip and f"entropy {node['entropies'][i]:.5f} nats" in tip
-    assert f"advantage {node['advantage']:+.3f}" in tip
-
-
-def test_filters_and_keys_choose_the_tree(run, visit):
-    page = visit(run)
-    data = page_data(run / "report.html")
-    rows = page.locator(".treelist li")
-    titles = page.locator(".treelist .task")
-
-    def expect(kept):
-        assert rows.count() == len(kept) > 0
-        assert titles.all_inner_texts() == [tree["task"]["id"] for tree in kept]
-        assert page.locator(".treetitle h3").inner_text() == kept[0]["task"]["id"]
-
-    expect(data["trees"])
-    page.select_option("#filter-stage", "elpo")
-    page.select_option("#filter-family", "wordmath")
-    chosen = [t for t in data["trees"] if t["stage"] == "elpo" and t["task"]["family"] == "wordmath"]
-    expect(chosen)
-    page.select_option("#filter-outcome", "mixed")
-    chosen = [t for t in chosen if len({leaf["success"] for leaf in t["leaves"]}) == 2]
-    expect(chosen)
-    page.select_option("#filter-step", "20")
-    expect([t for t in chosen if t["step"] == 20])
-    page.select_option("#filter-step", "")
-    page.fill("#filter-task", chosen[-1]["task"]["id"][-4:])
-    expect([t for t in chosen if chosen[-1]["task"]["id"][-4:] in t["task"]["id"]])
-    page.fill("#filter-task", "no such task")
-    assert rows.count() == 0 and "no tree fits" in page.locator(".count").inner_text()
-    assert page.locator(".tree").inner_text() == ""
-    page.fill("#filter-task", "")
-    page.locator(".treelist").press("n")
-    page.locator(".treelist").press("ArrowDown")
-    assert page.locator(".treetitle h3").inner_text() == chosen[2]["task"]["id"]
-    page.locator(".treelist").press("p")
-    assert page.locator(".treetitle h3").inner_text() == chosen[1]["task"]["id"]
-    page.locator(".node.prompt").focus()
-    for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "Enter"):
-        page.keyboard.press(key)
-    assert page.evaluate("document.activeElement.dataset.node") == "0"
-    assert page.locator(".step.here h4").inner_text().startswith("Step 1")
-
-
-def test_charts_have_axes_and_read_out_their_values(run, visit):
-    page = visit(run)
-    chart = page.locator("#curves .chart", has_text="Validation avg@4, ledger").first
-    chart.locator("svg").wait_for()
-    assert chart.locator("polygon.band").count() == 2 and chart.locator("polyline.line").count() == 2
-    assert chart.locator(".tick").count() > 5 and "RL step" in chart.inner_text()
-    chart.scroll_into_view_if_needed()
-    box = chart.locator("svg").bounding_box()
-    page.mouse.move(box["x"] + box["width"] - 14, box["y"] + 60)
-    rows = [json.loads(line) for line in (run / "elpo" / "metrics.jsonl").read_text().splitlines()]
-    last = [row for row in rows if "eval/ledger/avg@4" in row][-1]
-    tip = page.locator("#tip").inner_text()
-    assert f"RL step {last['step']}" in tip and f"ELPO {100 * last['eval/ledger/avg@4']:.1f} %" in tip
-    assert f"[{100 * last['eval/ledger/ci_low']:.1f}, {100 * last['eval/ledger/ci_high']:.1f}]" in tip
-    bars = page.locator("#difficulty .bar")
-    bars.last.wait_for()
-    evaluations = [json.loads(path.read_text()) for path in (run / "eval").iterdir()]
-    assert bars.count() == sum(len(f["by_difficulty"]) for e in evaluations for f in e["families"].values())
-    assert page.locator("#difficulty .whisker").count() == bars.count()
-    page.locator("#curves summary").first.click()
-    hidden = page.locator("#curves .chart", has_text="status/error").locator("polyline")
-    hidden.first.wait_for(state="attached")
-    assert hidden.count() == 2
-
-
-def test_the_results_stand_beside_their_protocol(run, visit):
-    page = visit(run)
-    text = page.locator("#results").inner_text()
-    assert "79.0" in text and "[75.5, 82.4]" in text and "912,034" in text
-    assert report_fixture.LINE in text
-    assert page.locator("#difficulty figcaption", has_text=report_fixture.LINE).count() == 2
-    head = page.locator("#header").inner_text()
-    assert all(words in head for words in ("quickstart", "17", "3f9c2d1", "a laptop", report_fixture.LINE))
-
-
-def test_hostile_text_is_shown_and_does_not_run(hostile_run, visit):
-    page = visit(hostile_run)
-    page.locator(".node").evaluate_all("nodes => nodes.forEach((node) => node.click())")
-    page.locator(".node", has_text="onerror").first.click()
-    panel = page.locator(".attempt")
-    panel.locator("summary").click()
-    panel.locator(".tokens span").first.hover()
-    everything = printable(" ".join(HOSTILE))
-    assert panel.locator("details pre").text_content() == everything
-    assert everything in panel.locator(".step.here").text_content()
-    assert page.locator(".treetitle h3").text_content() == everything
-    shown = panel.locator(".step.here .tokens span").all_text_contents()
-    assert shown[: len(HOSTILE)] == [printable(text) for text in HOSTILE]
-    assert page.evaluate("window.hit") is None
-    assert page.locator("img, iframe, object, form, main script").count() == 0
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (380, "light")])
-def test_the_page_fits_the_window(run, visit, width, scheme):
-    page = visit(run, width=width, scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every((c) => c < 100)")
-    assert dark == (scheme == "dark")
-    cut = "els => els.filter(el => el.scrollHeight > el.clientHeight + 1 || el.scrollWidth > el.clientWidth + 1).length"
-    assert page.locator(".leaf, .node .number, .choice button").evaluate_all(cut) == 0, "nothing is cut off"
-
-
-def test_a_run_without_anything_to_draw_is_a_page_of_sentences(tmp_path, visit):
-    run = tmp_path / "run"
-    report_fixture.write(run / "config.json", report_fixture.CONFIG)
-    build_report(run)
-    page = visit(run)
-    text = page.locator("body").inner_text()
-    for words in ("no results yet", "there are no curves", "no evaluation by difficulty", "no trees to show"):
-        assert words in text
-
-
-def test_the_policy_stops_what_the_page_never_does(run, browser):
-    """The second line of defence holds by itself: a request that something did try would not leave."""
-    context = browser.new_context()
-    page = context.new_page()
-    asked, refused = [], []
-    context.route("http://**", lambda route: (asked.append(route.request.url), route.abort()))
-    page.on("console", lambda message: refused.append(message.text))
-    page.goto((run / "report.html").as_uri())
-    page.evaluate(
-        """() => {
-          for (const [tag, name] of [["img", "src"], ["script", "src"], ["iframe", "src"], ["link", "href"]]) {
-            const element = document.createElement(tag);
-            element.rel = "stylesheet";
-            element[name] = "http://127.0.0.1:9/x";
-            document.body.append(element);
-          }
-          document.body.insertAdjacentHTML("beforeend", "<b onclick='window.hit = 1'>x</b>");
-          document.body.lastChild.click();
-        }"""
-    )
-    page.wait_for_timeout(200)
-    assert asked == [] and len(refused) >= 4
-    assert page.evaluate("window.hit") is None
-    context.close()

@@ -245,6 +245,10 @@ BOXES = (
     (r"\boxed{\{7\}}", r"\{7\}"),
     (r"\boxed{a\}", None),
     (r"\boxed{\boxed{9}}", "9"),
+    (r"\boxed{1} \boxed{\boxed{2} 3", "2"),
+    (r"} {{ \boxed{7} }", "7"),
+    (r"\boxed{x_{1}}", "x_{1}"),
+    (r"$\\boxed{7}$", "7"),
     (r"\boxed{}", ""),
     (r"\boxed 7", None),
     (r"boxed{7}", None),
@@ -307,7 +311,6 @@ NUMBERS = (
     ("--5", None),
     ("5 red big old shells", None),
     ("٥٧", None),
-    ("9" * 5000, None),
     ("__import__('os')", None),
     ("inf", None),
     ("nan", None),
@@ -317,6 +320,12 @@ NUMBERS = (
 @pytest.mark.parametrize(("text", "value"), NUMBERS)
 def test_read_number(text, value):
     assert read_number(text) == (None if value is None else Fraction(value))
+
+
+def test_hostile_lengths_take_linear_time():
+    assert last_boxed("\\boxed{" * 50_000) is None
+    assert last_boxed("\\boxed{" * 50_000 + "5" + "}" * 50_000) == "5"
+    assert read_number("9" * 100_000) is None
 
 
 GRADES = (

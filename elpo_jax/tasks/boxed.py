@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from elpo_jax.tasks.base import Grade
 
-_OPENING = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"(?P<box>\\boxed\s*\{)|\\[{}]|(?P<open>\{)|(?P<close>\})")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _NUMBER = re.compile(
@@ -31,18 +31,18 @@ _LONGEST = 80  # characters of a box that can be a number; bounds the work on ho
 
 def last_boxed(text: str) -> str | None:
     r"""The contents of the last `\boxed{...}` whose braces balance, without outer spaces; None if there is none."""
-    for opening in reversed(list(_OPENING.finditer(text))):
-        depth = 1
-        at = opening.end()
-        while at < len(text) and depth:
-            if text[at] == "\\":
-                at += 1  # an escaped brace is a character, not a bracket
-            elif text[at] in "{}":
-                depth += 1 if text[at] == "{" else -1
-            at += 1
-        if depth == 0:
-            return text[opening.end() : at - 1].strip()
-    return None
+    opened: list[int | None] = []  # where the contents of each open box begin; None for another open brace
+    begin, end = -1, -1
+    for brace in _BRACE.finditer(text):
+        if brace["box"]:
+            opened.append(brace.end())
+        elif brace["open"]:
+            opened.append(None)
+        elif brace["close"] and opened:
+            closed = opened.pop()
+            if closed is not None and closed > begin:
+                begin, end = closed, brace.start()
+    return None if begin < 0 else text[begin:end].strip()
 
 
 def read_number(text: str) -> Fraction | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -155,15 +156,12 @@ def _demonstrate(
 
 
 def _texts(chat: ChatFormat, trajectory: Trajectory) -> Iterator[str]:
-    """The text between control ids, which is what the pieces of a tokenizer should cover."""
+    """The text between control ids and segment borders: what is encoded as one, and what pieces should cover."""
     control = set(chat.tokenizer.control.values())
-    run: list[int] = []
-    for i in [*trajectory.ids().tolist(), next(iter(control))]:
-        if i not in control:
-            run.append(i)
-        elif run:
-            yield chat.tokenizer.decode(run)
-            run = []
+    for segment in trajectory.segments():
+        for is_control, run in itertools.groupby(segment.ids.tolist(), control.__contains__):
+            if not is_control:
+                yield chat.tokenizer.decode(list(run))
 
 
 def provenance() -> dict:

@@ -63,7 +63,11 @@ function styled(element, properties) {
 }
 
 function legend(names) {
-  return h("ul", { class: "legend" }, names.map((name) => h("li", {}, styled(h("i", {}), { background: colour(name) }), label(name))));
+  return h(
+    "ul",
+    { class: "legend" },
+    names.map((name) => h("li", {}, styled(h("i", {}), { background: colour(name) }), label(name))),
+  );
 }
 
 // --- tooltip ---

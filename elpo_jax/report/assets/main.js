@@ -12,51 +12,66 @@ const OUTCOMES = {
 
 const viewer = { listed: [], at: 0, drawn: null, parts: {} };
 
-function select(name, options) {
-  const element = h("select", { id: `filter-${name}` }, options.map(([value, text]) => h("option", { value }, text)));
-  element.addEventListener("input", () => list(0));
-  return [element, h("label", {}, name, element)];
-}
-
 function startViewer() {
   const section = byId("trees");
   section.append(h("p", { class: "protocol" }, data.treesNote));
   if (!data.trees.length) return;
+  const filters = filterControls();
+  Object.assign(viewer.parts, turnControls(), {
+    list: h("ul", { class: "treelist", role: "listbox", tabindex: 0, "aria-label": "Trees" }),
+    title: h("div", { class: "treetitle" }),
+    tree: h("div", { class: "tree", role: "group", "aria-label": "Rollout tree: arrow keys move, Enter opens a step" }),
+    attempt: h("aside", { class: "attempt", tabindex: 0 }),
+  });
+  const { count, before, after, list: rows, title, tree, attempt } = viewer.parts;
+  section.append(
+    h("div", { class: "filters" }, filters, h("span", { class: "turn" }, count, before, after)),
+    rows,
+    treeLegend(),
+    h("div", { class: "viewer" }, h("div", { class: "stage" }, title, tree), attempt),
+    keyHelp(),
+  );
+  Object.assign(panel, { box: attempt, vocabulary: data.vocabulary, choose: pick });
+  rows.addEventListener("keydown", listKeys);
+  document.addEventListener("keydown", turnKeys);
+  responsiveTree(tree);
+  list(0);
+}
+
+// One labelled control for each thing that trees can be filtered by.
+function filterControls() {
   const distinct = (of) => [...new Set(data.trees.map(of))].map((value) => [value, value]);
-  const parts = viewer.parts;
-  const labels = [];
-  for (const [name, options] of Object.entries({
+  const choices = {
     stage: [["", "all stages"], ...distinct((tree) => tree.stage)],
     step: [["", "all steps"], ...distinct((tree) => tree.step).sort((a, b) => a[0] - b[0])],
     outcome: Object.entries(OUTCOMES).map(([value, [text]]) => [value, text]),
     family: [["", "all families"], ...distinct((tree) => tree.task.family)],
-  })) {
-    const [element, wrapped] = select(name, options);
-    parts[name] = element;
-    labels.push(wrapped);
+  };
+  for (const [name, options] of Object.entries(choices)) {
+    const items = options.map(([value, text]) => h("option", { value }, text));
+    viewer.parts[name] = h("select", { id: `filter-${name}` }, items);
   }
-  parts.search = h("input", { type: "search", id: "filter-task", placeholder: "part of a task id", spellcheck: "false" });
-  parts.search.addEventListener("input", () => list(0));
-  parts.count = h("span", { class: "count", role: "status" });
-  parts.before = h("button", { type: "button", "aria-keyshortcuts": "p" }, "Previous");
-  parts.after = h("button", { type: "button", "aria-keyshortcuts": "n" }, "Next");
-  parts.before.addEventListener("click", () => show(viewer.at - 1));
-  parts.after.addEventListener("click", () => show(viewer.at + 1));
-  parts.list = h("ul", { class: "treelist", role: "listbox", tabindex: 0, "aria-label": "Trees" });
-  parts.list.addEventListener("keydown", listKeys);
-  parts.title = h("div", { class: "treetitle" });
-  parts.tree = h("div", { class: "tree", role: "group", "aria-label": "Rollout tree. Arrow keys move between steps, Enter opens one." });
-  parts.attempt = h("aside", { class: "attempt", tabindex: 0 });
-  section.append(
-    h("div", { class: "filters" }, labels, h("label", {}, "task", parts.search), h("span", { class: "turn" }, parts.count, parts.before, parts.after)),
-    parts.list, treeLegend(),
-    h("div", { class: "viewer" }, h("div", { class: "stage" }, parts.title, parts.tree), parts.attempt),
-    h("p", { class: "keys" }, "Keys: ", h("kbd", {}, "n"), " and ", h("kbd", {}, "p"), " go to the next and the previous tree; inside a tree the arrow keys move between steps and ", h("kbd", {}, "Enter"), " opens one."),
-  );
-  Object.assign(panel, { box: parts.attempt, vocabulary: data.vocabulary, choose: pick });
-  document.addEventListener("keydown", turnKeys);
-  responsiveTree(parts.tree);
-  list(0);
+  const search = { type: "search", id: "filter-task", placeholder: "part of a task id", spellcheck: "false" };
+  viewer.parts.task = h("input", search);
+  return [...Object.keys(choices), "task"].map((name) => {
+    viewer.parts[name].addEventListener("input", () => list(0));
+    return h("label", {}, name, viewer.parts[name]);
+  });
+}
+
+function turnControls() {
+  const before = h("button", { type: "button", "aria-keyshortcuts": "p" }, "Previous");
+  const after = h("button", { type: "button", "aria-keyshortcuts": "n" }, "Next");
+  before.addEventListener("click", () => show(viewer.at - 1));
+  after.addEventListener("click", () => show(viewer.at + 1));
+  return { before, after, count: h("span", { class: "count", role: "status" }) };
+}
+
+function keyHelp() {
+  const key = (name) => h("kbd", {}, name);
+  const turn = ["Keys: ", key("n"), " and ", key("p"), " go to the next and the previous tree; "];
+  const inside = ["inside a tree the arrow keys move between steps and ", key("Enter"), " opens one."];
+  return h("p", { class: "keys" }, turn, inside);
 }
 
 function responsiveTree(box) {
@@ -71,11 +86,16 @@ function responsiveTree(box) {
 
 // Applies the filters and shows the tree at `at` of what is left.
 function list(at) {
-  const { stage, step, outcome, family, search, list: box, count } = viewer.parts;
-  const wanted = search.value.trim().toLowerCase();
-  viewer.listed = data.trees.filter((tree) =>
-    (!stage.value || tree.stage === stage.value) && (!step.value || String(tree.step) === step.value) && (!family.value || tree.task.family === family.value) &&
-    OUTCOMES[outcome.value][1](tree) && tree.task.id.toLowerCase().includes(wanted));
+  const { stage, step, outcome, family, task, list: box, count } = viewer.parts;
+  const wanted = task.value.trim().toLowerCase();
+  viewer.listed = data.trees.filter(
+    (tree) =>
+      (!stage.value || tree.stage === stage.value) &&
+      (!step.value || String(tree.step) === step.value) &&
+      (!family.value || tree.task.family === family.value) &&
+      OUTCOMES[outcome.value][1](tree) &&
+      tree.task.id.toLowerCase().includes(wanted),
+  );
   box.replaceChildren(...viewer.listed.map(listRow));
   count.textContent = viewer.listed.length ? "" : "no tree fits these filters";
   show(at);
@@ -84,12 +104,24 @@ function list(at) {
 function listRow(tree, i) {
   const solved = tree.leaves.filter((leaf) => leaf.success).length;
   const critical = tree.nodes.filter((node) => node.critical.length).length;
-  const row = h("li", { id: `row-${i}`, role: "option", "aria-selected": "false" },
-    h("span", { class: "where" }, styled(h("i", { class: "dot" }), { background: colour(tree.stage) }), `${label(tree.stage)} step ${tree.step}`),
+  const row = h(
+    "li",
+    { id: `row-${i}`, role: "option", "aria-selected": "false" },
+    h(
+      "span",
+      { class: "where" },
+      styled(h("i", { class: "dot" }), { background: colour(tree.stage) }),
+      `${label(tree.stage)} step ${tree.step}`,
+    ),
     h("span", { class: "task" }, tree.task.id),
-    h("span", { class: "strip", "aria-hidden": "true" }, tree.leaves.map((leaf) => h("i", { class: leaf.success ? "solved" : "failed" }))),
+    h(
+      "span",
+      { class: "strip", "aria-hidden": "true" },
+      tree.leaves.map((leaf) => h("i", { class: leaf.success ? "solved" : "failed" })),
+    ),
     h("span", { class: "share" }, `${solved}/${tree.leaves.length} solved`),
-    h("span", { class: "marks" }, critical ? plural(critical, "critical step") : ""));
+    h("span", { class: "marks" }, critical ? plural(critical, "critical step") : ""),
+  );
   row.addEventListener("click", () => show(i));
   return row;
 }
@@ -110,10 +142,21 @@ function show(at) {
   keepInView(parts.list, rows[viewer.at]);
   const tree = listed[viewer.at];
   panel.tree = tree;
-  parts.title.replaceChildren(h("h3", {}, tree.task.id), h("p", {}, tree.task.prompt), h("p", { class: "muted" }, `${label(tree.stage)} step ${tree.step}, difficulty ${tree.task.difficulty}, at most ${plural(tree.task.max_steps, "tool call")}, ${plural(tree.leaves.length, "attempt")}${tree.lost ? `, ${tree.lost} more lost to failures of the machinery` : ""}`));
+  parts.title.replaceChildren(
+    h("h3", {}, tree.task.id),
+    h("p", {}, tree.task.prompt),
+    h("p", { class: "muted" }, treeFacts(tree).join(", ")),
+  );
   viewer.drawn = drawTree(parts.tree, tree, pick);
   const critical = tree.nodes.findIndex((node) => node.critical.length);
-  choose(critical >= 0 ? critical : tree.leaves[0].path[0] ?? -1, null);
+  choose(critical >= 0 ? critical : (tree.leaves[0].path[0] ?? -1), null);
+}
+
+function treeFacts(tree) {
+  const { difficulty, max_steps: calls } = tree.task;
+  const facts = [`${label(tree.stage)} step ${tree.step}`, `difficulty ${difficulty}`];
+  facts.push(`at most ${plural(calls, "tool call")}`, plural(tree.leaves.length, "attempt"));
+  return tree.lost ? [...facts, `${tree.lost} more lost to failures of the machinery`] : facts;
 }
 
 function keepInView(box, row) {
@@ -124,7 +167,7 @@ function keepInView(box, row) {
 
 // Opens a node in the panel, by way of `leaf`, or of the leaf that it is critical for, or of the first one through it.
 function choose(node, leaf) {
-  const through = node < 0 ? 0 : panel.tree.nodes[node].critical[0] ?? panel.tree.nodes[node].leaves[0];
+  const through = node < 0 ? 0 : (panel.tree.nodes[node].critical[0] ?? panel.tree.nodes[node].leaves[0]);
   panel.node = node;
   panel.leaf = leaf ?? through;
   viewer.drawn.mark(panel.node, panel.leaf);
@@ -139,7 +182,9 @@ function pick(node, leaf) {
 }
 
 function listKeys(event) {
-  const target = { ArrowDown: viewer.at + 1, ArrowUp: viewer.at - 1, Home: 0, End: viewer.listed.length - 1 }[event.key];
+  const target = { ArrowDown: viewer.at + 1, ArrowUp: viewer.at - 1, Home: 0, End: viewer.listed.length - 1 }[
+    event.key
+  ];
   if (target === undefined) return;
   event.preventDefault();
   show(target);

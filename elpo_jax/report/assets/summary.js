@@ -3,16 +3,40 @@
 function drawHeader(data) {
   const { facts, highlights, config } = data.header;
   document.title = `${data.title} \u00b7 run report`;
-  const pairs = (items, name) => h("dl", { class: name }, items.map(([key, value]) => h("div", {}, h("dt", {}, key), h("dd", {}, value))));
+  const pairs = (items, name) =>
+    h(
+      "dl",
+      { class: name },
+      items.map(([key, value]) => h("div", {}, h("dt", {}, key), h("dd", {}, value))),
+    );
   fill(byId("header"), {}, [
     h("p", { class: "kicker" }, "elpo_jax run report"),
     h("h1", {}, data.title),
     facts.length ? pairs(facts, "facts") : null,
     data.results.protocol ? h("p", { class: "protocol" }, h("b", {}, "Protocol "), data.results.protocol) : null,
     highlights.length ? pairs(highlights, "highlights") : null,
-    config.length ? h("details", {}, h("summary", {}, `Whole configuration, ${plural(config.length, "value")}`), pairs(config, "config")) : null,
-    data.notes.length ? h("ul", { class: "notes" }, data.notes.map((note) => h("li", {}, note))) : null,
-    h("nav", { "aria-label": "Sections" }, [...document.querySelectorAll("main > section")].map((section) => h("a", { href: `#${section.id}` }, section.querySelector("h2").textContent))),
+    config.length
+      ? h(
+          "details",
+          {},
+          h("summary", {}, `Whole configuration, ${plural(config.length, "value")}`),
+          pairs(config, "config"),
+        )
+      : null,
+    data.notes.length
+      ? h(
+          "ul",
+          { class: "notes" },
+          data.notes.map((note) => h("li", {}, note)),
+        )
+      : null,
+    h(
+      "nav",
+      { "aria-label": "Sections" },
+      [...document.querySelectorAll("main > section")].map((section) =>
+        h("a", { href: `#${section.id}` }, section.querySelector("h2").textContent),
+      ),
+    ),
   ]);
 }
 
@@ -23,10 +47,32 @@ function drawResults(data) {
     section.append(h("p", { class: "empty" }, "There are no results yet: the run has not reached its evaluation."));
     return;
   }
-  if (reading.length) section.append(h("div", { class: "reading" }, reading.map((sentence) => h("p", {}, sentence))));
-  if (families.length) section.append(...captioned("Held-out accuracy", `in %, with interval. ${protocol}`, resultTable(families)));
-  if (rules.length) section.append(h("p", { class: "protocol rules" }, rules.map(([name, text]) => h("span", {}, h("b", {}, `${name} `), text))));
-  if (budget.length) section.append(...captioned("Cost of training", "Every completed rollout counts, whole or from a branch.", budgetTable(budget, times)));
+  if (reading.length)
+    section.append(
+      h(
+        "div",
+        { class: "reading" },
+        reading.map((sentence) => h("p", {}, sentence)),
+      ),
+    );
+  if (families.length)
+    section.append(...captioned("Held-out accuracy", `in %, with interval. ${protocol}`, resultTable(families)));
+  if (rules.length)
+    section.append(
+      h(
+        "p",
+        { class: "protocol rules" },
+        rules.map(([name, text]) => h("span", {}, h("b", {}, `${name} `), text)),
+      ),
+    );
+  if (budget.length)
+    section.append(
+      ...captioned(
+        "Cost of training",
+        "Every completed rollout counts, whole or from a branch.",
+        budgetTable(budget, times),
+      ),
+    );
 }
 
 // The caption stays in view while a wide table is scrolled.
@@ -36,48 +82,118 @@ function captioned(title, text, table) {
 }
 
 function resultTable(families) {
-  const metrics = [...new Set(families.flatMap((family) => family.rows.flatMap((row) => row.metrics.map((metric) => metric.name))))];
+  const metrics = [
+    ...new Set(families.flatMap((family) => family.rows.flatMap((row) => row.metrics.map((metric) => metric.name)))),
+  ];
   const head = ["", ...metrics.flatMap((name, i) => (i ? [name] : [name, "0 to 100 %"]))];
   const counts = ["tasks", "tool calls / attempt", "tokens / attempt"];
   const table = h("table", { class: "results" });
-  table.append(h("thead", {}, h("tr", {}, head.map((name) => h("th", { scope: "col" }, name)), counts.map((name) => h("th", { scope: "col", class: "num" }, name)))));
+  table.append(
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        head.map((name) => h("th", { scope: "col" }, name)),
+        counts.map((name) => h("th", { scope: "col", class: "num" }, name)),
+      ),
+    ),
+  );
   for (const family of families) {
-    const body = h("tbody", {}, h("tr", { class: "family" }, h("th", { colspan: head.length + counts.length, scope: "rowgroup" }, family.name)));
+    const body = h(
+      "tbody",
+      {},
+      h("tr", { class: "family" }, h("th", { colspan: head.length + counts.length, scope: "rowgroup" }, family.name)),
+    );
     for (const row of family.rows) {
       const cells = metrics.flatMap((name, i) => {
         const metric = row.metrics.find((candidate) => candidate.name === name);
-        const cell = h("td", {}, metric ? [h("b", {}, percent(metric.value)), metric.ci ? h("span", { class: "ci" }, `[${percent(metric.ci[0])}, ${percent(metric.ci[1])}]`) : null] : "\u2013");
+        const cell = h(
+          "td",
+          {},
+          metric
+            ? [
+                h("b", {}, percent(metric.value)),
+                metric.ci ? h("span", { class: "ci" }, `[${percent(metric.ci[0])}, ${percent(metric.ci[1])}]`) : null,
+              ]
+            : "\u2013",
+        );
         return i ? [cell] : [cell, h("td", { class: "mark" }, metric ? interval(metric, row.name) : null)];
       });
       const rest = [whole(row.n), isNumber(row.tool_calls) ? fixed(row.tool_calls, 2) : "\u2013", whole(row.tokens)];
-      body.append(h("tr", {}, algorithmCell(row.name), cells, rest.map((text) => h("td", { class: "num" }, text))));
+      body.append(
+        h(
+          "tr",
+          {},
+          algorithmCell(row.name),
+          cells,
+          rest.map((text) => h("td", { class: "num" }, text)),
+        ),
+      );
     }
     table.append(body);
   }
   return table;
 }
 
-const algorithmCell = (name) => h("th", { scope: "row" }, styled(h("i", { class: "dot" }), { background: colour(name) }), label(name));
+const algorithmCell = (name) =>
+  h("th", { scope: "row" }, styled(h("i", { class: "dot" }), { background: colour(name) }), label(name));
 
 function interval(metric, name) {
   const [width, middle] = [150, 9];
   const x = (v) => 4 + clamp(v, 0, 1) * (width - 8);
-  const svg = s("svg", { width, height: 18, "aria-hidden": "true" }, s("line", { class: "grid", x1: 4, x2: width - 4, y1: middle, y2: middle }));
-  if (metric.ci) svg.append(styled(s("line", { class: "span", x1: x(metric.ci[0]), x2: x(metric.ci[1]), y1: middle, y2: middle }), { stroke: colour(name) }));
-  if (isNumber(metric.value)) svg.append(styled(s("circle", { cx: x(metric.value), cy: middle, r: 4 }), { fill: colour(name) }));
+  const svg = s(
+    "svg",
+    { width, height: 18, "aria-hidden": "true" },
+    s("line", { class: "grid", x1: 4, x2: width - 4, y1: middle, y2: middle }),
+  );
+  if (metric.ci)
+    svg.append(
+      styled(s("line", { class: "span", x1: x(metric.ci[0]), x2: x(metric.ci[1]), y1: middle, y2: middle }), {
+        stroke: colour(name),
+      }),
+    );
+  if (isNumber(metric.value))
+    svg.append(styled(s("circle", { cx: x(metric.value), cy: middle, r: 4 }), { fill: colour(name) }));
   return svg;
 }
 
 function budgetTable(rows, times) {
   const table = h("table", { class: "budget" });
-  table.append(h("thead", {}, h("tr", {}, ["", "rollouts", "model tokens", "tool calls", "time"].map((name) => h("th", { scope: "col" }, name)))));
+  table.append(
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        ["", "rollouts", "model tokens", "tool calls", "time"].map((name) => h("th", { scope: "col" }, name)),
+      ),
+    ),
+  );
   const body = h("tbody", {});
   for (const row of rows) {
     const cells = [whole(row.rollouts), whole(row.model_tokens), whole(row.tool_calls), seconds(row.seconds)];
-    body.append(h("tr", {}, algorithmCell(row.name), cells.map((text) => h("td", {}, text))));
+    body.append(
+      h(
+        "tr",
+        {},
+        algorithmCell(row.name),
+        cells.map((text) => h("td", {}, text)),
+      ),
+    );
   }
   for (const [name, value] of Object.entries(times)) {
-    body.append(h("tr", {}, h("th", { scope: "row" }, name === "eval" ? "evaluation" : name), h("td", { colspan: 3 }), h("td", {}, seconds(value))));
+    body.append(
+      h(
+        "tr",
+        {},
+        h("th", { scope: "row" }, name === "eval" ? "evaluation" : name),
+        h("td", { colspan: 3 }),
+        h("td", {}, seconds(value)),
+      ),
+    );
   }
   table.append(body);
   return table;
@@ -85,15 +201,31 @@ function budgetTable(rows, times) {
 
 function drawCurves(data) {
   const section = byId("curves");
-  if (!data.curves.length) section.append(h("p", { class: "empty" }, "No stage has written metrics, so there are no curves."));
+  if (!data.curves.length)
+    section.append(h("p", { class: "empty" }, "No stage has written metrics, so there are no curves."));
   for (const group of data.curves) {
-    const names = [...new Set([...group.panels, ...group.rest].flatMap((panel) => panel.lines.map((line) => line.name)))];
+    const names = [
+      ...new Set([...group.panels, ...group.rest].flatMap((panel) => panel.lines.map((line) => line.name))),
+    ];
     section.append(h("div", { class: "grouphead" }, h("h3", {}, group.title), legend(names)));
     if (group.about) section.append(h("p", { class: "protocol" }, group.about));
-    section.append(h("div", { class: "charts" }, group.panels.map((panel) => lineChart(panel, group.axis))));
+    section.append(
+      h(
+        "div",
+        { class: "charts" },
+        group.panels.map((panel) => lineChart(panel, group.axis)),
+      ),
+    );
     if (group.rest.length) {
       const details = h("details", {}, h("summary", {}, `All other metrics, ${group.rest.length}`));
-      const draw = () => details.append(h("div", { class: "charts" }, group.rest.map((panel) => lineChart(panel, group.axis))));
+      const draw = () =>
+        details.append(
+          h(
+            "div",
+            { class: "charts" },
+            group.rest.map((panel) => lineChart(panel, group.axis)),
+          ),
+        );
       details.addEventListener("toggle", draw, { once: true });
       section.append(details);
     }
@@ -106,6 +238,8 @@ function drawDifficulty(data) {
     section.append(h("p", { class: "empty" }, "There is no evaluation by difficulty yet."));
     return;
   }
-  const names = [...new Set(data.difficulty.flatMap((chart) => chart.groups.flatMap((group) => group.bars.map((bar) => bar.name))))];
+  const names = [
+    ...new Set(data.difficulty.flatMap((chart) => chart.groups.flatMap((group) => group.bars.map((bar) => bar.name)))),
+  ];
   section.append(legend(names), h("div", { class: "charts wide" }, data.difficulty.map(barChart)));
 }

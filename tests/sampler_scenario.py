@@ -1,0 +1,79 @@
+"""A small network, and one fixed scenario that uses everything the sampler can do; also a script for a fresh process:
+
+python tests/sampler_scenario.py DATA FSDP TENSOR     -> one JSON line
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from elpo_jax.model.config import ModelConfig
+from elpo_jax.model.transformer import init
+from elpo_jax.rollout import decode
+from elpo_jax.rollout.sampler import Request, Sampler, SamplerConfig
+from elpo_jax.train.mesh import MeshConfig, make_mesh, shardings
+from elpo_jax.trees.trajectory import Author, Segment
+
+MODEL = ModelConfig(vocab_size=67, d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=48, qk_norm=True)
+SHAPES = SamplerConfig(slots=4, context=64, steps_per_visit=3, prefill_buckets=(4, 16), prefill_rows=(2,))
+STOPS = (5, 6, 7)
+SEED = 3
+
+
+def make_params(seed: int = 0):
+    """Random parameters; the embedding is large, so that the distributions are far from uniform."""
+    params = init(MODEL, jax.random.key(seed))
+    return {**params, "embed": params["embed"] * 3}
+
+
+def text(seed: int, length: int) -> Segment:
+    return Segment(Author.ENVIRONMENT, np.random.default_rng(seed).integers(0, 67, length).astype(np.int32))
+
+
+def scenario(sampler: Sampler) -> list[Segment]:
+    """Ten attempts of up to three turns at three prompts, the later ones branching off the earlier ones' first turn."""
+    prompts = [text(100 + i, 9 + 5 * i) for i in range(3)]
+    waiting = [((prompts[i % 3],), i) for i in range(6)]
+    live, turns = {}, []
+    while waiting or live:
+        while waiting and sampler.free_slots:
+            prefix, attempt = waiting.pop(0)
+            live[sampler.submit(Request(prefix, (1, attempt % 3, attempt, 1), 6))] = (prefix, attempt)
+        for done in sampler.visit(0.9):
+            prefix, attempt = live.pop(done.ticket)
+            turns.append(done.segment)
+            longer = (*prefix, done.segment, text(attempt, 4))
+            if len(prefix) == 1 and attempt < 4:
+                waiting.append((longer, 6 + attempt))
+            if len(prefix) < 5:
+                live[sampler.submit(Request(longer, (1, attempt % 3, attempt, len(longer)), 6))] = (longer, attempt)
+            else:
+                sampler.release(done.ticket)
+    return turns
+
+
+def main(data: int, fsdp: int, tensor: int) -> None:
+    jax.config.update("jax_num_cpu_devices", data * fsdp * tensor)
+    mesh = make_mesh(MeshConfig(data, fsdp, tensor))
+    params = make_params()
+    params = jax.device_put(params, shardings(mesh, params))
+    sampler = Sampler(MODEL, SHAPES, STOPS, SEED, mesh)
+    sampler.load(params, version=0)
+    turns = scenario(sampler)
+    fn = decode.make_decode(MODEL, mesh, STOPS, SEED, steps=3)
+    cache = decode.make_cache(MODEL, mesh, SHAPES.slots, SHAPES.context)
+    control = np.zeros((SHAPES.slots, decode.CONTROL_WIDTH), np.int32)
+    compiled = fn.lower(decode.place_params(params, mesh), cache, control, np.float32(1)).compile()
+    line = {
+        "ids": [turn.ids.tolist() for turn in turns],
+        "logprobs": [[float(x).hex() for x in turn.logprobs] for turn in turns],
+        "entropies": [[float(x).hex() for x in turn.entropies] for turn in turns],
+        "decode": compiled.as_text(),
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,255 @@
+"""The train step: sums over micro-batches, AdamW against NumPy, schedules, and steps that are refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elpo_jax.model.config import ModelConfig
+from elpo_jax.model.logprob import token_logprobs
+from elpo_jax.model.transformer import apply
+from elpo_jax.train.mesh import MeshConfig, make_mesh
+from elpo_jax.train.state import TrainState, init_state
+from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
+
+CONFIG = ModelConfig(vocab_size=40, d_model=16, layers=1, heads=2, kv_heads=1, head_dim=8, d_ff=24, qkv_bias=True)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def language_loss(params, batch, scalars):
+    hidden, _ = apply(CONFIG, params, batch["tokens"], batch["positions"])
+    logp, entropy = token_logprobs(CONFIG, params, hidden, batch["tokens"], 1.0)
+    return scalars["scale"] * -jnp.sum(batch["weight"] * logp), {"entropy": entropy.sum(), "entropy_max": entropy.max()}
+
+
+def language_batch():
+    rng = np.random.default_rng(0)
+    return {
+        "tokens": rng.integers(0, 40, (8, 12)).astype(np.int32),
+        "positions": np.broadcast_to(np.arange(12, dtype=np.int32), (8, 12)),
+        "weight": rng.uniform(0, 0.05, (8, 12)).astype(np.float32),
+    }
+
+
+def split(batch, micro: int):
+    return jax.tree.map(lambda x: x.reshape(micro, -1, *x.shape[1:]), batch)
+
+
+def toy_state(optimizer) -> TrainState:
+    """Parameters with names that the sharding table knows, small enough for NumPy."""
+    rng = np.random.default_rng(1)
+    params = {"embed": rng.normal(size=(3, 2)), "final_norm": rng.normal(size=2)}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(params, optimizer.init(params), zero, jax.random.key(0), zero + 0)
+
+
+def toy_loss(params, batch, scalars):
+    """Its gradient is the sum over the rows of `x`, scaled, and of `y`."""
+    value = jnp.sum(params["embed"] * batch["x"].sum(0)) * scalars["scale"] + jnp.sum(
+        params["final_norm"] * batch["y"].sum(0)
+    )
+    return value, {}
+
+
+def toy_batch(seed=0, micro=1):
+    rng = np.random.default_rng(seed)
+    batch = {"x": rng.normal(size=(micro, 4, 3, 2)), "y": rng.normal(size=(micro, 4, 2))}
+    return jax.tree.map(lambda x: x.astype(np.float32), batch)
+
+
+ONE = {"scale": np.float32(1)}
+
+
+def test_micro_batches_only_sum(mesh):
+    """1x8, 2x4 and 8x1 rows: the same loss, metrics, gradient norm and parameters."""
+    optimizer = make_optimizer(OptimizerConfig(lr=1e-2, eps=1e-3), 10)
+    start = init_state(CONFIG, optimizer, jax.random.key(0), mesh)
+    results = []
+    for micro in (1, 2, 8):
+        step = make_train_step(language_loss, optimizer, mesh)
+        state, metrics = step(jax.tree.map(jnp.copy, start), split(language_batch(), micro), ONE)
+        results.append((state.params, metrics))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), start.params, results[0][0])
+    assert min(jax.tree.leaves(moved)) > 1e-4
+    for other in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), results[0], other)
+
+
+def test_update_equals_adamw_in_numpy(mesh):
+    """Two clipped steps with warm-up; decay touches the matrix and not the vector."""
+    config = OptimizerConfig(lr=0.1, warmup_steps=2, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3, clip_norm=0.7)
+    optimizer = make_optimizer(config, 10)
+    state = toy_state(optimizer)
+    step = make_train_step(toy_loss, optimizer, mesh)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
+    first, second = (jax.tree.map(np.zeros_like, params) for _ in range(2))
+    for t in (1, 2):
+        batch = toy_batch(t, micro=3)
+        state, metrics = step(state, batch, {"scale": np.float32(2)})
+        grads = {"embed": 2 * batch["x"].sum((0, 1), dtype=np.float64), "final_norm": batch["y"].sum((0, 1))}
+        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        assert norm > 0.7 and float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+        lr = 0.1 * t / 2
+        assert float(metrics["lr"]) == pytest.approx(lr)
+        for name, decay in (("embed", 0.3), ("final_norm", 0.0)):
+            g = grads[name] * 0.7 / norm
+            first[name] = 0.8 * first[name] + 0.2 * g
+            second[name] = 0.9 * second[name] + 0.1 * g**2
+            adam = first[name] / (1 - 0.8**t) / (np.sqrt(second[name] / (1 - 0.9**t)) + 1e-3)
+            params[name] = params[name] - lr * (adam + decay * params[name])
+            np.testing.assert_allclose(state.params[name], params[name], rtol=1e-5, atol=1e-6)
+    assert int(state.step) == 2 and int(state.skipped) == 0
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_count(mesh, poison):
+    """Even after it, the run is bit for bit the one without it: moments, schedule and counts did not move."""
+    optimizer = make_optimizer(OptimizerConfig(lr=0.1, warmup_steps=3, schedule="cosine"), 10)
+    step = make_train_step(toy_loss, optimizer, mesh)
+    bad = toy_batch(5, micro=2)
+    bad["x"][1, 2, 0, 0] = poison  # one number in one micro-batch; 3e38 is finite but its square is not
+    with_bad, metrics_bad = toy_state(optimizer), None
+    without = toy_state(optimizer)
+    for seed, batch in ((0, toy_batch(0, 2)), (5, bad), (1, toy_batch(1, 2))):
+        before = jax.tree.map(np.asarray, (with_bad.params, with_bad.opt_state, with_bad.step))
+        with_bad, metrics = step(with_bad, batch, ONE)
+        if seed == 5:
+            metrics_bad = metrics
+            after = (with_bad.params, with_bad.opt_state, with_bad.step)
+            jax.tree.map(np.testing.assert_array_equal, before, after)
+        else:
+            without, metrics_good = step(without, batch, ONE)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (with_bad.params, with_bad.opt_state, with_bad.step),
+        (without.params, without.opt_state, without.step),
+    )
+    assert int(metrics_bad["skipped"]) == int(with_bad.skipped) == int(metrics["skipped"]) == 1
+    assert not np.isfinite(metrics_bad["grad_norm"])
+    assert float(metrics["lr"]) == float(metrics_good["lr"]) and int(metrics_good["skipped"]) == 0
+    np.testing.assert_array_equal(jax.random.key_data(with_bad.key), jax.random.key_data(jax.random.key(0)))
+
+
+def test_a_loss_that_is_not_finite_is_refused_though_its_gradient_is(mesh):
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+
+    def loss(params, batch, scalars):
+        return jnp.sum(params["embed"] * batch["x"].sum(0)) + scalars["offset"], {}
+
+    start = toy_state(optimizer)
+    embed = np.asarray(start.params["embed"])
+    state, metrics = make_train_step(loss, optimizer, mesh)(start, toy_batch(), {"offset": np.float32(np.nan)})
+    assert np.isfinite(metrics["grad_norm"]) and int(state.skipped) == 1
+    np.testing.assert_array_equal(state.params["embed"], embed)
+
+
+def test_metrics_are_summed_and_those_named_max_are_maxima(mesh):
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+
+    def loss(params, batch, scalars):
+        value, _ = toy_loss(params, batch, scalars)
+        return value, {"total": batch["x"].sum(), "largest_max": batch["x"].max()}
+
+    batch = toy_batch(3, micro=4)
+    state = toy_state(optimizer)
+    wanted = float(np.vdot(state.params["embed"], batch["x"].sum((0, 1))))
+    wanted += float(np.vdot(state.params["final_norm"], batch["y"].sum((0, 1))))
+    _, metrics = make_train_step(loss, optimizer, mesh)(state, batch, ONE)
+    assert float(metrics["total"]) == pytest.approx(batch["x"].sum(), rel=1e-4)
+    assert float(metrics["largest_max"]) == batch["x"].max()
+    assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_state_is_donated_and_scalars_compile_nothing_new(mesh):
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    traces = []
+
+    def loss(params, batch, scalars):
+        traces.append(1)
+        return toy_loss(params, batch, scalars)
+
+    step = make_train_step(loss, optimizer, mesh)
+    state, _ = step(toy_state(optimizer), toy_batch(), ONE)
+    again, _ = step(state, toy_batch(), {"scale": np.float32(3)})
+    assert len(traces) == 1
+    assert state.params["embed"].is_deleted() and not again.params["embed"].is_deleted()
+
+
+def test_moments_are_float32_for_bfloat16_parameters(mesh):
+    optimizer = make_optimizer(OptimizerConfig(lr=0.1), 10)
+    state = toy_state(optimizer)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
+    state = state.replace(params=half, opt_state=optimizer.init(half))
+    step = make_train_step(toy_loss, optimizer, mesh)
+    before = np.asarray(half["embed"], np.float32)
+    for _ in range(2):
+        state, _ = step(state, toy_batch(), ONE)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state.opt_state))
+    assert np.abs(np.asarray(state.params["embed"], np.float32) - before).min() > 0.1
+
+
+def test_schedules():
+    def rates(steps, total, **options):
+        optimizer = make_optimizer(OptimizerConfig(lr=2.0, **options), total)
+        return [float(optimizer.learning_rate(step)) for step in steps]
+
+    assert rates([0, 5, 99], 10) == [2.0, 2.0, 2.0]
+    np.testing.assert_allclose(rates([0, 1, 3, 4, 9], 10, warmup_steps=4), [0.5, 1.0, 2.0, 2.0, 2.0])
+    np.testing.assert_allclose(rates([2, 6, 10, 50], 10, warmup_steps=2, schedule="linear"), [2.0, 1.0, 0.0, 0.0])
+    cosine = rates([0, 2, 4, 6, 10], 10, warmup_steps=2, schedule="cosine")
+    np.testing.assert_allclose(cosine, [1.0, 2.0, 2.0 * 0.5 * (1 + np.cos(np.pi / 4)), 1.0, 0.0], atol=1e-6)
+
+
+def test_without_clipping_the_gradient_is_used_whole(mesh):
+    """With plain first moments off (b1=0) and a huge eps the update is the gradient itself, so its size shows."""
+    moves = []
+    for clip in (0.0, 0.5):
+        optimizer = make_optimizer(OptimizerConfig(lr=1.0, b1=0.0, eps=1e6, weight_decay=0.0, clip_norm=clip), 10)
+        state = toy_state(optimizer)
+        before = np.asarray(state.params["final_norm"], np.float64)
+        state, metrics = make_train_step(toy_loss, optimizer, mesh)(state, toy_batch(), {"scale": np.float32(1e6)})
+        moves.append(float(metrics["grad_norm"]))
+        moves.append(np.abs(np.asarray(state.params["embed"]) - np.asarray(toy_state(optimizer).params["embed"])).max())
+        assert before.shape == (2,)
+    assert moves[0] == pytest.approx(moves[2]) and moves[0] > 1e6
+    assert moves[1] > 0.1 and moves[3] < 1e-6
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess_and_training_lowers_it(mesh):
+    optimizer = make_optimizer(OptimizerConfig(lr=1e-2, schedule="linear"), 60)
+    state = init_state(CONFIG, optimizer, jax.random.key(0), mesh)
+    step = make_train_step(language_loss, optimizer, mesh)
+    batch = language_batch()
+    batch["weight"] = np.where(np.arange(12) > 0, 1 / 88, 0.0).astype(np.float32) * np.ones((8, 1), np.float32)
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, split(batch, 2), ONE)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(np.log(40), rel=0.25) and losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "options,named",
+    [
+        ({"schedule": "step"}, "optimizer.schedule='step' must be one of constant, cosine, linear"),
+        ({"lr": -1.0}, "optimizer.lr=-1.0 must not be negative"),
+        ({"b2": 1.0}, "optimizer.b2=1.0 must be at least 0 and below 1"),
+        ({"eps": 0.0}, "optimizer.eps=0.0 must be positive"),
+        ({"warmup_steps": -3}, "optimizer.warmup_steps=-3 must not be negative"),
+    ],
+)
+def test_impossible_numbers_are_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        OptimizerConfig(**options)
+
+
+def test_impossible_runs_are_named(mesh):
+    with pytest.raises(ValueError, match="warmup_steps=10 leaves no step of 10 for the cosine schedule"):
+        make_optimizer(OptimizerConfig(warmup_steps=10, schedule="cosine"), 10)
+    assert float(make_optimizer(OptimizerConfig(lr=1.0, warmup_steps=10), 10).learning_rate(20)) == 1.0
