@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, one per part, and typed overrides.
 
-An experiment is a Python file with `get_config()`; a fork is `dataclasses.replace` or `--set algo.eps_elc=0.0`. A key that
-does not exist, and a value of the wrong type, are errors that say what would have been right.
+An experiment is a Python file with `get_config()`; a fork is `dataclasses.replace` or `--set algo.eps_elc=0.0`. A key
+that does not exist, and a value of the wrong type, are errors that say what would have been right.
 """
 
 import dataclasses
@@ -25,30 +25,62 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class WordMathConfig:
+    """Word problems.
+
+    Attributes:
+      difficulties: Steps that a flawless attempt needs, 2 to 10; drawn uniformly.
+      slack: Tool calls an attempt may make beyond its difficulty.
+    """
+
+    difficulties: tuple[int, ...] = (2, 3)
+    slack: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LedgerConfig:
+    """Bills and accounts in a stateful world.
+
+    Attributes:
+      difficulties: Steps that a flawless attempt needs, 2 to 10; drawn uniformly.
+      slack: Tool calls an attempt may make beyond its difficulty.
+      noise: Probability that a tool fails for no reason (the stochastic setting).
+    """
+
+    difficulties: tuple[int, ...] = (2, 3, 4)
+    slack: int = 2
+    noise: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class TasksConfig:
     """Which tasks are generated.
 
     Attributes:
       families: Names of families ("wordmath", "ledger"); prompts alternate between them.
-      difficulties: Steps that a flawless attempt needs, 2 to 10; drawn uniformly.
-      slack: Tool calls an attempt may make beyond its difficulty.
-      noise: Probability that a ledger tool fails for no reason (the stochastic setting).
+      wordmath: Its numbers.
+      ledger: Its numbers.
       chat_tools: How the prompt lists the tools: their names, or their full JSON schemas.
     """
 
     families: tuple[str, ...] = ("wordmath", "ledger")
-    difficulties: tuple[int, ...] = (2, 3, 4)
-    slack: int = 2
-    noise: float = 0.0
+    wordmath: WordMathConfig = WordMathConfig()
+    ledger: LedgerConfig = LedgerConfig()
     chat_tools: Literal["names", "schema"] = "names"
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """`kind` "sentencepiece" trains a model of `vocab_size` pieces on `texts` demonstrations per family; "byte" needs none."""
+    """How text becomes ids.
+
+    Attributes:
+      kind: "sentencepiece" is trained at the start of a run; "byte" has a fixed vocabulary and needs nothing.
+      vocab_size: Ids of the sentencepiece model.
+      texts: Demonstrations per family that it learns its pieces from.
+    """
 
     kind: Literal["sentencepiece", "byte"] = "sentencepiece"
-    vocab_size: int = 512
+    vocab_size: int = 1024
     texts: int = 400
 
 
@@ -66,11 +98,11 @@ class SftConfig:
       optimizer: AdamW.
     """
 
-    demonstrations: int = 6000
+    demonstrations: int = 5000
     mistake_rate: float = 0.1
-    steps: int = 300
-    rows: int = 32
-    micro_rows: int = 32
+    steps: int = 800
+    rows: int = 16
+    micro_rows: int = 16
     save_every: int = 200
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-3, warmup_steps=20, schedule="cosine")
 
@@ -103,7 +135,7 @@ class RlConfig:
       prompts: Tasks per batch; each grows one tree of `algo.search.budget` attempts.
       updates: Optimizer steps per batch; each takes `prompts / updates` trees.
       micro_rows: Packed rows per forward pass.
-      eval_every: Batches between validations (0: never); a validation plays `eval_tasks` tasks per family `eval_k` times.
+      eval_every: Batches between validations (0: never), each of `eval_tasks` tasks per family, `eval_k` times.
       eval_tasks: See above.
       eval_k: See above.
       dump_every: Batches between dumps of all trees to rollouts/ (0: never).
@@ -143,7 +175,7 @@ class Config:
     tasks: TasksConfig = TasksConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig(
-        vocab_size=512, d_model=96, layers=3, heads=4, kv_heads=1, head_dim=24, d_ff=256, qk_norm=True
+        vocab_size=1024, d_model=96, layers=3, heads=4, kv_heads=1, head_dim=24, d_ff=256, qk_norm=True
     )
     mesh: MeshConfig = MeshConfig()
     sampler: SamplerConfig = SamplerConfig()
@@ -154,14 +186,24 @@ class Config:
     rl: RlConfig = RlConfig()
     eval: EvalConfig = EvalConfig()
 
-    def __post_init__(self):
+    def check(self) -> "Config":
+        """The config itself, if its parts fit each other; not at construction, so overrides can come in any order.
+
+        Raises:
+          ConfigError: Naming the keys that disagree.
+        """
         names = [recipe.name for recipe in self.recipes]
         if len(set(names)) < len(names) or "sft" in names:
             raise ConfigError(f"algo and against need different names, none of them 'sft', not {names}: set algo.name")
         if self.rl.prompts % self.rl.updates:
             raise ConfigError(f"rl.prompts={self.rl.prompts} is not a multiple of rl.updates={self.rl.updates}")
-        if not self.tasks.families or not self.tasks.difficulties:
-            raise ConfigError("tasks.families and tasks.difficulties must each name at least one: the dataset is empty")
+        for key, values in (
+            ("tasks.families", self.tasks.families),
+            ("tasks.wordmath.difficulties", self.tasks.wordmath.difficulties),
+            ("tasks.ledger.difficulties", self.tasks.ledger.difficulties),
+        ):
+            if not values:
+                raise ConfigError(f"{key} must name at least one: the dataset is empty")
         if len(set(self.tasks.families)) < len(self.tasks.families):
             raise ConfigError(f"tasks.families names a family twice: {self.tasks.families}")
         for key, value in (
@@ -182,6 +224,7 @@ class Config:
             raise ConfigError(f"sft.rows={self.sft.rows} is not a multiple of sft.micro_rows={self.sft.micro_rows}")
         if self.rollout.temperature <= 0:
             raise ConfigError(f"rollout.temperature={self.rollout.temperature} must be positive: training samples")
+        return self
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -208,7 +251,7 @@ def load(path: str) -> Config:
     return config
 
 
-def override(config: Any, assignments: list[str]) -> Any:
+def override(config: Config, assignments: list[str]) -> Config:
     """`config` with "a.b=c" applied in order; each value is read as the type of its field.
 
     Raises:
@@ -219,7 +262,7 @@ def override(config: Any, assignments: list[str]) -> Any:
         if not equals:
             raise ConfigError(f"--set takes key=value, as in --set algo.eps_elc=0.0, not {assignment!r}")
         config = _set(config, key.strip().split("."), text.strip(), key.strip())
-    return config
+    return config.check()
 
 
 def to_json(config: Any) -> dict:

@@ -1,4 +1,4 @@
-"""The main job: a small policy learns to reason with real tools, on two CPU cores, in under ten minutes.
+"""The main job: a small policy learns to reason with real tools, on two CPU cores, in about ten minutes.
 
 COMMAND:  bash experiments/quickstart.sh [WORKDIR]
 """

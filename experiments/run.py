@@ -14,7 +14,7 @@ import time
 import jax
 
 from elpo_jax.config import Config, ConfigError, load, override
-from elpo_jax.policy.loss import make_loss, make_logprobs
+from elpo_jax.policy.loss import make_logprobs, make_loss
 from elpo_jax.policy.recipes import Recipe
 from elpo_jax.report.log import MetricsLog, read_json, read_metrics, write_json
 from elpo_jax.report.page import build_report
@@ -220,9 +220,9 @@ def protocol_of(config: Config, split: str, tasks: int, k: int, temperature: flo
         k=k,
         temperature=temperature,
         seed=config.seed,
-        difficulties=config.tasks.difficulties,
-        slack=config.tasks.slack,
-        noise=config.tasks.noise,
+        difficulties={name: getattr(config.tasks, name).difficulties for name in config.tasks.families},
+        slack={name: getattr(config.tasks, name).slack for name in config.tasks.families},
+        noise=config.tasks.ledger.noise,
         max_turn_tokens=config.rollout.max_turn_tokens,
         context=config.sampler.context,
     )

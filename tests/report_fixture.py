@@ -96,7 +96,11 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 CONFIG = {
     "name": "quickstart",
     "seed": 17,
-    "tasks": {"families": list(FAMILIES), "difficulties": [2, 3, 4], "slack": 2, "noise": 0.0},
+    "tasks": {
+        "families": list(FAMILIES),
+        "wordmath": {"difficulties": [2, 3], "slack": 2},
+        "ledger": {"difficulties": [2, 3, 4], "slack": 2, "noise": 0.0},
+    },
     "model": {"vocab_size": 512, "d_model": 96, "layers": 3, "dtype": "float32"},
     "rollout": {"temperature": 1.0, "max_turn_tokens": 64},
     "sft": {"demonstrations": 6000, "steps": 300, "optimizer": {"lr": 0.003}},

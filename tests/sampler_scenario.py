@@ -3,6 +3,7 @@
 python tests/sampler_scenario.py DATA FSDP TENSOR     -> one JSON line
 """
 
+import dataclasses
 import json
 import sys
 
@@ -16,16 +17,18 @@ from elpo_jax.rollout.sampler import Request, Sampler, SamplerConfig
 from elpo_jax.train.mesh import MeshConfig, make_mesh, shardings
 from elpo_jax.trees.trajectory import Author, Segment
 
-MODEL = ModelConfig(vocab_size=67, d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=48, qk_norm=True)
+MODEL = ModelConfig(
+    vocab_size=67, d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=48, qk_norm=True, tied=False
+)
 SHAPES = SamplerConfig(slots=4, context=64, steps_per_visit=3, prefill_buckets=(4, 16), prefill_rows=(2,))
 STOPS = (5, 6, 7)
 SEED = 3
 
 
 def make_params(seed: int = 0):
-    """Random parameters; the embedding is large, so that the distributions are far from uniform."""
+    """Random parameters; the head is enlarged, so that the distributions are far from uniform."""
     params = init(MODEL, jax.random.key(seed))
-    return {**params, "embed": params["embed"] * 3}
+    return {**params, "head": params["head"] * 1.5}
 
 
 def text(seed: int, length: int) -> Segment:
@@ -59,7 +62,9 @@ def main(data: int, fsdp: int, tensor: int) -> None:
     mesh = make_mesh(MeshConfig(data, fsdp, tensor))
     params = make_params()
     params = jax.device_put(params, shardings(mesh, params))
-    sampler = Sampler(MODEL, SHAPES, STOPS, SEED, mesh)
+    # One row count, for fewer compilations.
+    shapes = dataclasses.replace(SHAPES, prefill_rows=(SHAPES.slots,))
+    sampler = Sampler(MODEL, shapes, STOPS, SEED, mesh)
     sampler.load(params, version=0)
     turns = scenario(sampler)
     fn = decode.make_decode(MODEL, mesh, STOPS, SEED, steps=3)

@@ -14,7 +14,7 @@ def test_overrides_are_read_as_the_type_of_their_field():
             "algo.eps_elc=0",
             "algo.search.budget=8",
             "tasks.families=ledger",
-            "tasks.difficulties=2,5",
+            "tasks.ledger.difficulties=2,5",
             "model.qk_norm=false",
             "algo.search.entropy_window=none",
             "against.0.eps_high=0.28",
@@ -23,7 +23,7 @@ def test_overrides_are_read_as_the_type_of_their_field():
     )
     assert config.algo.eps_elc == 0.0 and isinstance(config.algo.eps_elc, float)
     assert config.algo.search.budget == 8
-    assert config.tasks.families == ("ledger",) and config.tasks.difficulties == (2, 5)
+    assert config.tasks.families == ("ledger",) and config.tasks.ledger.difficulties == (2, 5)
     assert config.model.qk_norm is False
     assert config.algo.search.entropy_window is None
     assert config.against[0].eps_high == 0.28

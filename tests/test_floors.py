@@ -60,7 +60,9 @@ def test_nothing_imports_what_the_package_does_without():
 
 
 def test_lower_floors_import_without_jax():
-    names = [name_of(p) for where in WITHOUT_JAX for p in ([PACKAGE / where] if where.endswith(".py") else modules_of(where))]
+    names = [
+        name_of(p) for where in WITHOUT_JAX for p in ([PACKAGE / where] if where.endswith(".py") else modules_of(where))
+    ]
     assert len(names) > 12
     code = (
         "import sys\nclass No:\n  def find_spec(self, name, *rest):\n"

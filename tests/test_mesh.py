@@ -32,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ModelConfig(
     vocab_size=48,
     d_model=32,
-    layers=2,
+    layers=1,
     heads=4,
     kv_heads=2,
     head_dim=8,
@@ -77,15 +77,14 @@ def communication(compiled) -> list[str]:
 def decode_communication(mesh) -> list[str]:
     """Collectives of a decode loop whose rows are sharded and whose parameters are not."""
     rows = NamedSharding(mesh, P(ROWS))
-    config = dataclasses.replace(CONFIG, layers=1)
-    state = jax.eval_shape(lambda: init_state(config, OPTIMIZER, jax.random.key(0), mesh))
-    cache = jax.eval_shape(lambda: new_cache(config, 16, 32))
+    state = jax.eval_shape(lambda: init_state(CONFIG, OPTIMIZER, jax.random.key(0), mesh))
+    cache = jax.eval_shape(lambda: new_cache(CONFIG, 16, 32))
     ids = jax.ShapeDtypeStruct((16, 1), jnp.int32)
 
     def decode(params, cache, tokens, positions):
         def step(carry, _):
             cache, positions = carry
-            hidden, cache = apply(config, params, tokens, positions, cache)
+            hidden, cache = apply(CONFIG, params, tokens, positions, cache)
             return (cache, positions + 1), hidden
 
         return jax.lax.scan(step, (cache, positions), None, length=4)
@@ -132,7 +131,8 @@ def child(folder: pathlib.Path):
             restored, after = step(restored, batch, scalars)
             state, straight = step(state, batch, scalars)
             report["continued"] = [float(after["loss"]), float(straight["loss"]), int(restored.step)]
-        report[name]["train"] = train_communication(mesh, batch)
+        if name in ("8,1,1", "1,8,1"):
+            report[name]["train"] = train_communication(mesh, batch)
     report["decode"] = decode_communication(make_mesh(MeshConfig()))
     (folder / "report.json").write_text(json.dumps(report))
 
@@ -143,7 +143,8 @@ def eight(tmp_path_factory) -> pathlib.Path:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+        " --xla_backend_optimization_level=0",  # it compiles a dozen small programs and runs each once
     }
     done = subprocess.run([sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -162,7 +163,7 @@ def report_of(folder: pathlib.Path) -> dict:
 @pytest.mark.parametrize("name", list(MESHES)[1:])
 def test_eight_devices_equal_one(eight, name):
     one, many = read(eight, "1"), read(eight, name)
-    assert one.keys() == many.keys() and len(one) > 40
+    assert one.keys() == many.keys() and len(one) > 30
     for path, expected in one.items():
         if path.startswith("start:"):
             np.testing.assert_array_equal(many[path], expected, err_msg=path)
@@ -177,7 +178,7 @@ def test_parameters_and_moments_are_split_as_the_mesh_says(eight):
     report = report_of(eight)
     for name, wanted in {"1": 1.0, "8,1,1": 1.0, "2,2,2": 1 / 4, "1,8,1": 1 / 8, "1,1,8": 1 / 8}.items():
         share = report[name]["share"]
-        matrices = [path for path in share if re.search(r"layers_1/mlp/up$|layers_0/attn/q$|embed$|head$", path)]
+        matrices = [path for path in share if re.search(r"layers_0/mlp/up$|layers_0/attn/q$|embed$|head$", path)]
         assert len(matrices) == 4 * 3  # parameters and both moments
         assert {share[path] for path in matrices} == {wanted}, name
 

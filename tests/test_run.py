@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -49,9 +48,11 @@ def numbers(workdir):
 
     out = {}
     for path in sorted(workdir.glob("*/*.json*")) + sorted(workdir.glob("*/rollouts/*.jsonl")):
-        out[str(path.relative_to(workdir))] = [timeless(json.loads(line)) for line in path.read_text().splitlines()] if (
-            path.suffix == ".jsonl"
-        ) else timeless(json.loads(path.read_text()))
+        out[str(path.relative_to(workdir))] = (
+            [timeless(json.loads(line)) for line in path.read_text().splitlines()]
+            if (path.suffix == ".jsonl")
+            else timeless(json.loads(path.read_text()))
+        )
     return out
 
 
@@ -122,8 +123,8 @@ def test_a_finished_run_resumes_to_the_same_results(undisturbed):
         (["--set", "sampler.context=40"], "raise sampler.context"),
         (["--set", "mesh.data=64"], "device"),
         (["--set", "tasks.families=chess"], "unknown family 'chess'"),
-        (["--set", "tasks.difficulties="], "the dataset is empty"),
-        (["--set", "tasks.difficulties=11"], "10"),
+        (["--set", "tasks.ledger.difficulties="], "the dataset is empty"),
+        (["--set", "tasks.wordmath.difficulties=11"], "10"),
         (["--set", "model.vocab_size=300"], "model.vocab_size"),
     ],
 )

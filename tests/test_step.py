@@ -8,7 +8,7 @@ import pytest
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.logprob import token_logprobs
 from elpo_jax.model.transformer import apply
-from elpo_jax.train.mesh import MeshConfig, make_mesh
+from elpo_jax.train.mesh import MeshConfig, make_mesh, shardings
 from elpo_jax.train.state import TrainState, init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 
@@ -174,9 +174,12 @@ def test_the_state_is_donated_and_scalars_compile_nothing_new(mesh):
         return toy_loss(params, batch, scalars)
 
     step = make_train_step(loss, optimizer, mesh)
-    state, _ = step(toy_state(optimizer), toy_batch(), ONE)
+    start = toy_state(optimizer)
+    state, _ = step(jax.device_put(start, shardings(mesh, start)), toy_batch(), ONE)
+    first = len(traces)
     again, _ = step(state, toy_batch(), {"scale": np.float32(3)})
-    assert len(traces) == 1
+    again, _ = step(again, toy_batch(), {"scale": np.float32(4)})
+    assert len(traces) == first > 0
     assert state.params["embed"].is_deleted() and not again.params["embed"].is_deleted()
 
 
@@ -206,19 +209,17 @@ def test_schedules():
     np.testing.assert_allclose(cosine, [1.0, 2.0, 2.0 * 0.5 * (1 + np.cos(np.pi / 4)), 1.0, 0.0], atol=1e-6)
 
 
-def test_without_clipping_the_gradient_is_used_whole(mesh):
-    """With plain first moments off (b1=0) and a huge eps the update is the gradient itself, so its size shows."""
-    moves = []
+def test_without_a_clip_norm_the_gradient_is_used_whole(mesh):
+    """With b1=0 and a huge eps the update is proportional to the gradient, so its size shows."""
+    moved = []
     for clip in (0.0, 0.5):
         optimizer = make_optimizer(OptimizerConfig(lr=1.0, b1=0.0, eps=1e6, weight_decay=0.0, clip_norm=clip), 10)
-        state = toy_state(optimizer)
-        before = np.asarray(state.params["final_norm"], np.float64)
-        state, metrics = make_train_step(toy_loss, optimizer, mesh)(state, toy_batch(), {"scale": np.float32(1e6)})
-        moves.append(float(metrics["grad_norm"]))
-        moves.append(np.abs(np.asarray(state.params["embed"]) - np.asarray(toy_state(optimizer).params["embed"])).max())
-        assert before.shape == (2,)
-    assert moves[0] == pytest.approx(moves[2]) and moves[0] > 1e6
-    assert moves[1] > 0.1 and moves[3] < 1e-6
+        before = np.asarray(toy_state(optimizer).params["embed"])
+        step = make_train_step(toy_loss, optimizer, mesh)
+        state, metrics = step(toy_state(optimizer), toy_batch(), {"scale": np.float32(1e6)})
+        assert float(metrics["grad_norm"]) > 1e6  # what is reported is not clipped
+        moved.append(np.abs(np.asarray(state.params["embed"]) - before).max())
+    assert moved[0] > 0.1 and moved[1] < 1e-5
 
 
 def test_the_first_loss_is_that_of_a_uniform_guess_and_training_lowers_it(mesh):

@@ -5,12 +5,14 @@ import dataclasses
 from elpo_jax.config import (
     Config,
     EvalConfig,
+    LedgerConfig,
     RlConfig,
     RolloutConfig,
     SamplerConfig,
     SftConfig,
     TasksConfig,
     TokenizerConfig,
+    WordMathConfig,
 )
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.policy.recipes import elpo, grpo
@@ -22,7 +24,9 @@ def get_config() -> Config:
     return Config(
         name="tiny",
         cpu_devices=1,
-        tasks=TasksConfig(difficulties=(2,), noise=0.1),
+        tasks=TasksConfig(
+            wordmath=WordMathConfig(difficulties=(2,)), ledger=LedgerConfig(difficulties=(2,), noise=0.1)
+        ),
         tokenizer=TokenizerConfig(vocab_size=400, texts=60),
         model=ModelConfig(vocab_size=400, d_model=32, layers=2, heads=2, kv_heads=1, head_dim=16, d_ff=64),
         sampler=dataclasses.replace(SamplerConfig(), slots=16, context=256),
@@ -37,6 +41,8 @@ def get_config() -> Config:
         ),
         algo=elpo(search=SearchConfig(budget=6, buffer=2), kl=0.01),
         against=(grpo(search=SearchConfig(budget=6, localizer="none")),),
-        rl=RlConfig(steps=3, prompts=4, updates=2, micro_rows=2, eval_every=2, eval_tasks=2, dump_every=2, save_every=1),
+        rl=RlConfig(
+            steps=3, prompts=4, updates=2, micro_rows=2, eval_every=2, eval_tasks=2, dump_every=2, save_every=1
+        ),
         eval=EvalConfig(tasks=3, k=2, bootstrap=50),
     )

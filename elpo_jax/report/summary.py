@@ -7,7 +7,7 @@ from typing import Any
 ORDER = ("sft", "grpo", "elpo")  # of the algorithms, in every table and chart; others follow by name
 _RULES = (("Checker", "checker"), ("Ties in maj@k", "majority_ties"))
 _HIGHLIGHTS = (  # of the config, worth seeing at once
-    *("tasks.families", "tasks.difficulties", "tasks.slack", "tasks.noise"),
+    *("tasks.families", "tasks.wordmath.difficulties", "tasks.ledger.difficulties", "tasks.ledger.noise"),
     *("model.layers", "model.d_model", "model.vocab_size", "sampler.context", "rollout.temperature"),
     *("sft.demonstrations", "sft.steps", "rl.steps", "rl.prompts", "rl.updates"),
     *("algo.search.budget", "algo.search.localizer", "algo.critical", "algo.lambda_tree"),

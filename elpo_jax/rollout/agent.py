@@ -38,7 +38,7 @@ class Environment:
         if length + self.max_turn_tokens > context:
             raise ValueError(
                 f"the prompt of {task.id} has {length} tokens and a turn may have {self.max_turn_tokens}, more than "
-                f"sampler.context={context}: raise sampler.context or choose lower tasks.difficulties"
+                f"sampler.context={context}: raise sampler.context or choose lower difficulties"
             )
 
 

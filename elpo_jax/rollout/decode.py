@@ -1,10 +1,12 @@
 """The device half of the sampler: jitted fork, prefill and decode over one static cache of slots.
 
 Slots are split over the mesh axes `data` and `fsdp`, and each shard decodes and prefills its own slots without talking
-to the others; only a fork may cross. A row's samples are a function of its own request and the parameters alone.
+to the others; only a fork may cross. A row's samples are a function of its own request and the parameters alone. The
+functions are cached, so that a second sampler of the same shapes compiles nothing.
 Letters: B slots, S cache length, R rows of a prefill, T tokens of a prefill, V vocabulary, n steps of a visit.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -63,11 +65,13 @@ def make_cache(config: ModelConfig, mesh: Mesh, slots: int, length: int) -> kv.C
     return create()
 
 
+@functools.cache
 def make_fork(config: ModelConfig, mesh: Mesh) -> Callable:
     """Compiles `model.cache.fork`: (cache, source int32 [R], target int32 [R]) -> cache, which is donated."""
     return jax.jit(kv.fork, donate_argnums=0, out_shardings=cache_sharding(config, mesh))
 
 
+@functools.cache
 def make_prefill(config: ModelConfig, mesh: Mesh) -> Callable:
     """Compiles (params, cache, rows, tokens, positions) -> cache, which is donated.
 
@@ -85,6 +89,7 @@ def make_prefill(config: ModelConfig, mesh: Mesh) -> Callable:
     return jax.jit(mapped, donate_argnums=1, out_shardings=cache_sharding(config, mesh))
 
 
+@functools.cache
 def make_decode(config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...], seed: int, steps: int) -> Callable:
     """Compiles (params, cache, control, temperature) -> (cache, out): up to `steps` tokens for every slot.
 

@@ -36,7 +36,7 @@ class SamplerConfig:
     """
 
     slots: int = 64
-    context: int = 320
+    context: int = 256
     steps_per_visit: int = 8
     prefill_buckets: tuple[int, ...] = (16, 64, 256)
     prefill_rows: tuple[int, ...] = (4, 8, 16, 32)
@@ -230,7 +230,10 @@ class Sampler:
         self._cache, self._pending = self._decode(self._params, self._cache, control, np.float32(temperature))
 
     def finish_visit(self) -> list[Completion]:
-        """Waits for the burst, and returns the turns that ended in it, in the order of their slots."""
+        """Waits for the burst, and returns the turns that ended in it, in the order of their tickets.
+
+        That order, unlike the order of the slots, is the same on every mesh.
+        """
         if self._pending is None:
             raise RuntimeError("no visit was started: call start_visit first")
         out, self._pending = np.asarray(self._pending), None  # int32 [n, 3, B]
@@ -246,7 +249,8 @@ class Sampler:
         stopped = np.isin(last, self._stop_ids)
         control[active, decode.REMAINING] = np.where(stopped, 0, control[active, decode.REMAINING] - sampled[active])
         ended = control[active, decode.REMAINING] == 0
-        return [self._complete(int(i), bool(s)) for i, s in zip(active[ended], stopped[ended], strict=True)]
+        done = [self._complete(int(i), bool(s)) for i, s in zip(active[ended], stopped[ended], strict=True)]
+        return sorted(done, key=lambda completion: completion.ticket)
 
     def visit(self, temperature: float) -> list[Completion]:
         """`start_visit` and `finish_visit`."""

@@ -52,7 +52,7 @@ class Grade:
       success: The correctness flag, which drives the search.
       reward: The training signal.
       reason: Short, for people: "correct", "wrong answer: ...", "no answer", "goal not reached: ...".
-      answer: Canonical form of what was answered or reached, so that equal answers are equal strings (maj@k); "" if none.
+      answer: Canonical form of what was answered or reached: equal answers are equal strings (maj@k); "" if none.
     """
 
     success: bool

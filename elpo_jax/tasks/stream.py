@@ -14,12 +14,12 @@ class TaskStream:
 
     Attributes:
       families: By name; task n belongs to family n mod their number.
-      difficulties: Drawn from uniformly, independently for every n.
+      difficulties: By family; drawn from uniformly, independently for every n.
       seed: Seeds that draw.
     """
 
     families: Mapping[str, Family]
-    difficulties: tuple[int, ...]
+    difficulties: Mapping[str, tuple[int, ...]]
     seed: int
 
     def task(self, split: Split, n: int) -> Task:
@@ -30,5 +30,5 @@ class TaskStream:
     def family_task(self, family: str, split: Split, index: int) -> Task:
         """Task number index >= 0 of one family's split."""
         where = (self.seed, list(self.families).index(family), SPLITS.index(split), index)
-        difficulty = int(np.random.default_rng(where).choice(self.difficulties))
+        difficulty = int(np.random.default_rng(where).choice(self.difficulties[family]))
         return self.families[family].task(split, index, difficulty)

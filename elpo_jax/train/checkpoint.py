@@ -53,7 +53,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).resolve()
         self.keep = keep
         self._writer: ocp.AsyncCheckpointer | None = None
-        self._pending: int | None = None
+        self._pending: tuple[int, dict[str, str]] | None = None  # step and arrays of an unfinished save
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any], wait: bool = True) -> None:
         """Writes a checkpoint, and then deletes those before the newest `keep`.
@@ -65,7 +65,7 @@ class Checkpoints:
           step: Names the checkpoint, >= 0.
           state: Copied before this returns, so a train step may donate it right away.
           meta: JSON values to get back from `restore`, beside what is added here: format, step, versions, commit.
-          wait: Return only when the checkpoint is complete. Otherwise it is completed by the next call, or by `close`,
+          wait: Return only when the checkpoint is complete. Otherwise it is completed by the next `save` or `close`,
             while training goes on; until then the one before it is the newest.
         """
         taken = sorted(set(meta) & set(RESERVED))
@@ -92,7 +92,7 @@ class Checkpoints:
                 meta=ocp.args.JsonSave(meta),
             ),
         )
-        self._pending = step
+        self._pending = (step, _arrays(state))
         if wait:
             self.close()
 
@@ -100,11 +100,12 @@ class Checkpoints:
         """Completes a checkpoint that was saved without waiting."""
         if self._pending is None:
             return
-        step, self._pending = self._pending, None
+        (step, arrays), self._pending = self._pending, None
         self._writer.wait_until_finished()
         staged, final = self.directory / UNFINISHED / str(step), self.directory / str(step)
-        manifest = {"format": FORMAT, "files": {name: _sha256(staged / name) for name in _files(staged)}}
-        (staged / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        files = {name: _sha256(staged / name) for name in _files(staged)}
+        manifest = {"format": FORMAT, "arrays": arrays, "files": files}
+        (staged / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1))
         if final.exists():
             replaced = final.with_name(f"{step}.replaced")
             shutil.rmtree(replaced, ignore_errors=True)
@@ -152,24 +153,24 @@ class Checkpoints:
         raise CheckpointError(f"{'; '.join(problems)}: restore the file from a copy, or start again in another folder")
 
     def _read(self, step: int, abstract_state: TrainState, mesh: Mesh) -> tuple[TrainState, dict]:
+        """Reads a checkpoint whose files are known to be intact."""
         folder = self.directory / str(step)
+        held, wanted = json.loads((folder / MANIFEST).read_bytes())["arrays"], _arrays(abstract_state)
+        for name in sorted(held.keys() | wanted.keys()):
+            if held.get(name) != wanted.get(name):
+                raise CheckpointError(
+                    f"{folder} holds the state of another network or optimizer: {name} is {held.get(name, 'absent')} "
+                    f"there and {wanted.get(name, 'absent')} in this config; resume with the config of that run"
+                )
         data = abstract_state.replace(key=jax.eval_shape(jax.random.key_data, abstract_state.key))
-        wanted = jax.tree.map(
+        target = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             data,
             shardings(mesh, abstract_state),
         )
-        try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-                read = reader.restore(
-                    folder,
-                    args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), meta=ocp.args.JsonRestore()),
-                )
-        except ValueError as error:  # the files are intact, so it is the trees that differ
-            raise CheckpointError(
-                f"{folder} holds the state of another network or optimizer than this config describes "
-                f"({' '.join(str(error).split())[:300]}): resume with the config of that run"
-            ) from error
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+            read = reader.restore(folder, args=items)
         key = jax.random.wrap_key_data(read.state.key, impl=read.meta["key_impl"])
         return read.state.replace(key=key), read.meta
 
@@ -180,8 +181,8 @@ class Checkpoints:
         if not path.exists():
             return f"{path} is missing"
         try:
-            manifest = json.loads(path.read_bytes())
-            written, recorded = manifest["format"], dict(manifest["files"])
+            manifest = dict(json.loads(path.read_bytes()))
+            written, digest = int(manifest["format"]), manifest.pop("sha256")
         except (ValueError, KeyError, TypeError):
             return f"{path} is damaged"
         if written > FORMAT:
@@ -189,7 +190,9 @@ class Checkpoints:
                 f"{folder} has checkpoint format {written}, and this version of elpo_jax reads up to {FORMAT}: "
                 "update elpo_jax, or start in another folder"
             )
-        for name, digest in recorded.items():
+        if digest != _digest(manifest):
+            return f"{path} is damaged"
+        for name, digest in manifest["files"].items():
             if not (folder / name).is_file():
                 return f"{folder / name} is missing"
             if _sha256(folder / name) != digest:
@@ -203,8 +206,19 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
+def _arrays(state: TrainState) -> dict[str, str]:
+    """Path -> dtype and shape of every array, such as "float32[16, 24]"."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
+
+
 def _files(folder: pathlib.Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _digest(manifest: dict) -> str:
+    """The manifest's own SHA-256, so that a damaged one is not taken for another network's."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import comb
 
 import numpy as np
@@ -89,9 +89,9 @@ class Protocol:
     k: int
     temperature: float
     seed: int
-    difficulties: tuple[int, ...]
-    slack: int
-    noise: float
+    difficulties: Mapping[str, tuple[int, ...]]  # by family, like slack
+    slack: Mapping[str, int]
+    noise: float  # of the ledger's tools
     max_turn_tokens: int
     context: int
     checker: str = "wordmath: last \\boxed{} of the final turn, exact number; ledger: goal against the final database"
@@ -100,8 +100,12 @@ class Protocol:
 
     def line(self) -> str:
         return (
-            f"{self.split} split, {self.tasks_per_family} tasks per family of {self.difficulties} steps, k={self.k}, "
-            f"temperature {self.temperature:g}, seed {self.seed}, slack {self.slack} calls, noise {self.noise:g}, "
+            f"{self.split} split, {self.tasks_per_family} tasks per family ("
+            + "; ".join(
+                f"{family}: {', '.join(map(str, steps))} steps and {self.slack[family]} calls of slack"
+                for family, steps in self.difficulties.items()
+            )
+            + f"), k={self.k}, temperature {self.temperature:g}, seed {self.seed}, noise {self.noise:g}, "
             f"turn <= {self.max_turn_tokens} tokens, context {self.context}; {self.interval}"
         )
 

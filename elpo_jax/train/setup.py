@@ -85,17 +85,19 @@ def open_tools(config: Config) -> Iterator[tuple[TaskStream, ToolBox]]:
                 memory_mb=rollout.interpreter_memory_mb,
             )
         )
+        words, ledger = config.tasks.wordmath, config.tasks.ledger
         known = {
-            "wordmath": lambda: WordMath(interpreter, seed=config.seed, slack=config.tasks.slack),
-            "ledger": lambda: Ledger(seed=config.seed, slack=config.tasks.slack, noise=config.tasks.noise),
+            "wordmath": (WordMath(interpreter, seed=config.seed, slack=words.slack), words.difficulties),
+            "ledger": (Ledger(seed=config.seed, slack=ledger.slack, noise=ledger.noise), ledger.difficulties),
         }
         for name in config.tasks.families:
             if name not in known:
                 raise ConfigError(f"unknown family {name!r} in tasks.families: there are {', '.join(known)}")
-        families = {name: known[name]() for name in config.tasks.families}
+        families = {name: known[name][0] for name in config.tasks.families}
+        difficulties = {name: known[name][1] for name in config.tasks.families}
         tools = {tool.name: tool for family in families.values() for tool in family.tools}
         toolbox = stack.enter_context(ToolBox(tuple(tools.values()), workers=rollout.interpreter_workers))
-        yield TaskStream(families, config.tasks.difficulties, config.seed), toolbox
+        yield TaskStream(families, difficulties, config.seed), toolbox
 
 
 def build_tokenizer(config: Config, workdir: pathlib.Path, stream: TaskStream, toolbox: ToolBox) -> Tokenizer:
@@ -141,7 +143,7 @@ def demonstration_rows(config: Config, environment: Environment, stream: TaskStr
         shortest = min(len(t.ids()) for t in trajectories)
         raise ConfigError(
             f"no demonstration fits sampler.context={config.sampler.context} (the shortest has {shortest} tokens), so "
-            "there is nothing to learn from: raise sampler.context or choose lower tasks.difficulties"
+            "there is nothing to learn from: raise sampler.context or choose lower difficulties"
         )
     order = np.random.default_rng(config.seed).permutation(len(fitting))
     rows = pack([demonstration_example(fitting[i]) for i in order], config.sampler.context)

@@ -135,7 +135,7 @@ def make_train_step(loss_fn: LossFn, optimizer: Optimizer, mesh: Mesh) -> Callab
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
         grads, rows = jax.lax.scan(micro, zeros, batch)
         metrics = {name: x.max(axis=0) if name.endswith("_max") else x.sum(axis=0) for name, x in rows.items()}
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
