@@ -28,6 +28,7 @@ from elpo_jax.train.state import init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 from elpo_jax.trees.trajectory import Author, Segment
 
+TINY = ModelConfig(vocab_size=512, d_model=32, layers=1, heads=2, kv_heads=1, head_dim=16, d_ff=64)
 MODELS = {
     "0.3M": ModelConfig(vocab_size=512, d_model=96, layers=3, heads=4, kv_heads=1, head_dim=24, d_ff=256, qk_norm=True),
     "3M": ModelConfig(vocab_size=512, d_model=256, layers=4, heads=8, kv_heads=4, head_dim=32, d_ff=768, qk_norm=True),
@@ -43,7 +44,7 @@ class Settings:
     runs: int
 
     def models(self) -> dict[str, ModelConfig]:
-        return {"0.3M": MODELS["0.3M"]} if self.quick else MODELS
+        return {"tiny": TINY} if self.quick else MODELS
 
 
 @dataclasses.dataclass(frozen=True)

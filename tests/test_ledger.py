@@ -171,7 +171,7 @@ def fewest_moves(spare):
 
 def test_grouping_uses_donors_where_they_fit_exactly():
     # 3+3 covers 6 and 5 covers 5: pairing the largest donor with the largest shortage would need four transfers.
-    goal = Goal(frozenset({Bill("Ann", "gas", 6), Bill("Bob", "tax", 5)}), frozenset())
+    goal = Goal(frozenset({Bill("Ann", "Gas", 6), Bill("Bob", "Tax", 5)}), frozenset())
     world = World({"Ann": 0, "Bob": 0, "Cid": 5, "Dan": 3, "Eva": 3}, frozenset(), frozenset())
     assert min_calls(goal, world) == 2 + 3
 
@@ -275,7 +275,7 @@ def test_plans_reach_the_goal_in_the_fewest_calls_from_any_state():
 
 # Ann lacks 7, which Bob, to be closed, can lend; Dan has nothing to do. 17 in all, 15 due.
 HOLDINGS = {"Ann": 5, "Bob": 8, "Cid": 3, "Dan": 1}
-STORY = tiny_task(HOLDINGS, [Bill("Ann", "gas", 12), Bill("Cid", "rent", 3)], ["Bob"], max_steps=7)
+STORY = tiny_task(HOLDINGS, [Bill("Ann", "Gas", 12), Bill("Cid", "Rent", 3)], ["Bob"], max_steps=7)
 
 
 def query(account):
@@ -294,7 +294,7 @@ def close(account):
     return ToolCall("close", {"account": account})
 
 
-FLAWLESS = [query("Ann"), move("Bob", "Ann", 7), pay("Ann", "gas", 12), pay("Cid", "rent", 3), close("Bob")]
+FLAWLESS = [query("Ann"), move("Bob", "Ann", 7), pay("Ann", "Gas", 12), pay("Cid", "Rent", 3), close("Bob")]
 
 
 def play(actions, task=STORY, state=None, ledger=LEDGER):
@@ -312,11 +312,11 @@ RECOVERABLE = {
     "unknown tool": ([ToolCall("send", {})], Status.UNKNOWN_TOOL),
     "unknown account": ([query("Zed")], Status.ERROR),
     "unknown payee": ([pay("Ann", "Bob", 1)], Status.ERROR),
-    "payment before the money is there": ([pay("Ann", "gas", 12)], Status.ERROR),
+    "payment before the money is there": ([pay("Ann", "Gas", 12)], Status.ERROR),
     "transfer of more than there is": ([move("Bob", "Ann", 9)], Status.ERROR),
     "needless query": ([query("Dan")], Status.OK),
     "wrong transfer, undone": ([move("Bob", "Dan", 7), move("Dan", "Bob", 7)], Status.OK),
-    "payment in vain that the spare money covers": ([pay("Dan", "tax", 1)], Status.OK),
+    "payment in vain that the spare money covers": ([pay("Dan", "Tax", 1)], Status.OK),
 }
 
 
@@ -334,10 +334,10 @@ def test_recoverable_mistakes_cost_calls_and_no_more(kind):
 
 # kind: (actions, first irrecoverable step)
 IRRECOVERABLE = {
-    "wrong amount": ([query("Ann"), pay("Ann", "gas", 5)], 2),
-    "wrong payee": ([pay("Cid", "gas", 3)], 1),
-    "wrong account": ([query("Ann"), query("Bob"), pay("Bob", "rent", 3)], 3),
-    "paid twice": ([move("Bob", "Ann", 8), pay("Cid", "rent", 3), move("Ann", "Cid", 3), pay("Cid", "rent", 3)], 4),
+    "wrong amount": ([query("Ann"), pay("Ann", "Gas", 5)], 2),
+    "wrong payee": ([pay("Cid", "Gas", 3)], 1),
+    "wrong account": ([query("Ann"), query("Bob"), pay("Bob", "Rent", 3)], 3),
+    "paid twice": ([move("Bob", "Ann", 8), pay("Cid", "Rent", 3), move("Ann", "Cid", 3), pay("Cid", "Rent", 3)], 4),
     "closed what must stay open": ([move("Bob", "Ann", 7), close("Dan")], 2),
     "closed with a bill due": ([close("Cid")], 1),
     "closed with money that is needed": ([query("Ann"), close("Bob")], 2),
@@ -346,10 +346,10 @@ IRRECOVERABLE = {
     "answered too early": (FLAWLESS[:4], 5),
     "answered at once": ([], 1),
     "a repaired mistake, then a fatal one, then another": (
-        ["malformed", move("Bob", "Dan", 7), move("Dan", "Bob", 7), pay("Ann", "gas", 4), close("Ann")],
+        ["malformed", move("Bob", "Dan", 7), move("Dan", "Bob", 7), pay("Ann", "Gas", 4), close("Ann")],
         4,
     ),
-    "two fatal ones": ([close("Dan"), pay("Ann", "rent", 5), "malformed", close("Cid")], 1),
+    "two fatal ones": ([close("Dan"), pay("Ann", "Rent", 5), "malformed", close("Cid")], 1),
 }
 
 
@@ -366,13 +366,13 @@ def test_answers_are_short_and_tell_what_to_write_next():
     dialogue = [
         (query("Ann"), "has 5, due 12, short 7"),
         (query("Bob"), "has 8, spare 8"),
-        (pay("Ann", "gas", 12), "short 7"),
+        (pay("Ann", "Gas", 12), "short 7"),
         (move("Bob", "Ann", 9), "has 8"),
         (move("Bob", "Bob", 1), "same account"),
         (move("Bob", "Ann", 6), "moved, short 1"),
         (move("Bob", "Ann", 1), "moved"),
-        (pay("Ann", "gas", 12), "paid"),
-        (pay("Cid", "gas", 3), "spent, no such bill"),
+        (pay("Ann", "Gas", 12), "paid"),
+        (pay("Cid", "Gas", 3), "spent, no such bill"),
         (query("Cid"), "has 0, due 3, short 3"),
         (close("Bob"), "closed, lost 1"),
         (query("Bob"), "no such account"),
@@ -420,7 +420,7 @@ def test_branches_never_see_what_their_siblings_do():
     anchor = states[1]
     before = read_world(anchor)
     one, other = anchor.fork(1), anchor.fork(2)
-    turns = [(pay("Ann", "gas", 12), close("Ann")), (close("Bob"), move("Bob", "Dan", 1)), (query("Ann"), query("Ann"))]
+    turns = [(pay("Ann", "Gas", 12), close("Ann")), (close("Bob"), move("Bob", "Dan", 1)), (query("Ann"), query("Ann"))]
     for mine, theirs in turns:
         one, other = act(LEDGER, mine, one)[1], act(LEDGER, theirs, other)[1]
     assert read_world(one).balances == {"Ann": 0, "Bob": 0, "Cid": 3, "Dan": 1}
@@ -490,12 +490,12 @@ def test_hostile_arguments_are_refused_and_change_nothing():
         for call in (query(name), close(name), move(name, "Ann", 1), move("Ann", name, 1), pay("Ann", name, 1)):
             result, after = act(LEDGER, call, start)
             assert result.status is Status.ERROR and after.image == start.image
-    whole = act(LEDGER, pay("Cid", "rent", 3.0), start)
+    whole = act(LEDGER, pay("Cid", "Rent", 3.0), start)
     assert whole[0].text == "paid"  # JSON schema counts 3.0 as an integer
     schema = TOOLS["pay"].parameters
     for amount in (0, -3, 10**30, 2.5, "3", True, None):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate({"from": "Ann", "to": "gas", "amount": amount}, schema)
+            jsonschema.validate({"from": "Ann", "to": "Gas", "amount": amount}, schema)
     assert all(tool.in_process and tool.parameters["additionalProperties"] is False for tool in LEDGER.tools)
 
 
@@ -547,10 +547,10 @@ def test_grades_name_the_gap_and_equal_outcomes_are_equal_answers():
     states, _ = play(FLAWLESS)
     grade = LEDGER.grade(STORY, "whatever", states[-1])
     assert grade.success and grade.reward == 1.0 and grade.reason == "correct"
-    assert grade.answer == "Ann paid 12 to gas; Cid paid 3 to rent; Bob closed"
+    assert grade.answer == "Ann paid 12 to Gas; Cid paid 3 to Rent; Bob closed"
     partial = LEDGER.grade(STORY, "Done.", states[2])
     assert not partial.success and partial.reward == 0.0
-    assert partial.reason == "goal not reached: Cid has not paid rent"
+    assert partial.reason == "goal not reached: Cid has not paid Rent"
     assert LEDGER.grade(STORY, "", play([*FLAWLESS, close("Dan")])[0][-1]).reason == "goal not reached: Dan was closed"
     task = LEDGER.task("train", 0, 5)
     calls = plan(goal_of(task), read_world(LEDGER.start(task, 0)))

@@ -79,42 +79,41 @@ def test_operands_are_moderate():
 BY_HAND = (
     (
         ("train", 0, 2),
-        "87 men and 48 women were on a train. They all go on in cars of 3. How many cars is that?",
-        "45",
+        "Zoe had 90 toys. A year later Zoe had 11 times as many toys. She kept only half of them. How many "
+        "toys does she still have?",
+        "495",
     ),
     (
         ("train", 1, 3),
-        "The trip took 21 minutes. Sam had 81 ducks. Lena gave him 31 more. Then he got as many ducks as at "
-        "the start. Each duck costs 6 dollars. How many dollars do they cost in all?",
-        "1158",
+        "Ivy had 81 rabbits. For 3 weeks Raj planted 3 tulips a day. How many dollars does he get for them at "
+        "3 dollars each?",
+        "189",
     ),
     (
         ("validation", 2, 4),
-        "Zoe had 13 old lemons and got 6 new ones. For 5 weeks she got 6 more lemons a day. Find the number "
-        "of lemons she has now.",
-        "229",
+        "On a train there were 3 rows of 12 people. The train picked up 94 people. At 2 stops, 8 people got "
+        "on each time. How many people are on the train in the end?",
+        "146",
     ),
     (
         ("test", 7, 5),
-        "Ana had 94 dogs. Ana was 8 years old. Ben saved 59 dollars. He lost 8 dollars. For 5 weeks he earned "
-        "5 dollars a day. If 2 friends share it equally, how many dollars does each get?",
-        "113",
+        "Ana had 94 cats. Ben saved 59 dollars. It was 8 degrees outside. He lost 8 dollars. Soon he had 5 "
+        "times that amount. He paid 96 dollars for a ring. Soon he had triple that amount. A year later he "
+        "had 4 times as much money. How many dollars does he have now?",
+        "1908",
     ),
     (
         ("train", 12, 7),
-        "At first Sam had 29 stamps. Then he got another 52. Ana had 31 rabbits. Then the number of stamps "
-        "doubled. Ana was 71 years old. He sold half of the stamps. He got 94 more stamps from Ana. He lost 7 "
-        "of them. Ana gave him as many as Sam had at first. Each stamp costs 11 dollars. How many dollars do "
-        "they cost in all?",
-        "2167",
+        "Finn baked 4 dozen cakes. Ana was 14 years old. Finn bought 60 more cakes. In 4 weeks, Ana gave him "
+        "9 every day. He bought 59 more cakes. Each cake weighs 12 pounds. How many pounds is that in all?",
+        "5028",
     ),
     (
         ("test", 3, 10),
-        "87 people got on a bus, then 47 more. Then the number of people doubled. The bus picked up 96 "
-        "people. Half of the people got off. At 7 stops, 10 people got on each time. The bus picked up 20 "
-        "people. It was 5 degrees outside. 3 dozen people got off. Half of them left at the next stop. How "
-        "many people are left on the bus?",
-        "118",
+        "24 men and 40 women were on a train. 7 groups of 5 people got on. 98 people got on. The train let 65 "
+        "people off. 42 people got on. Half of them left at the next stop. 8 groups of 9 people got on. Each "
+        "pays 4 dollars. How many dollars do they pay in all?",
+        "636",
     ),
 )
 

@@ -87,11 +87,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     group = heads // kv_heads
     # One matrix [T * G, N] per row and key/value head: with further axes XLA's CPU backend is ten times slower.
     q = (q * width**-0.5).reshape(rows, tokens, kv_heads, group, width).swapaxes(1, 2)
-    scores = jnp.einsum("BKMN,BKNS->BKMS", q.reshape(rows, kv_heads, tokens * group, width), k).astype(jnp.float32)
-    mask = jnp.broadcast_to(mask[:, None, :, None], (rows, 1, tokens, group, mask.shape[-1]))
-    scores = jnp.where(mask.reshape(rows, 1, tokens * group, -1), scores, MASKED)
-    # Divided by the sum after the product with v, not before: the gradient then needs no sum over S.
+    scores = jnp.einsum("BKMN,BKNS->BKMS", q.reshape(rows, kv_heads, tokens * group, width), k)
+    scores = scores.astype(jnp.float32).reshape(rows, kv_heads, tokens, group, -1)
+    scores = jnp.where(mask[:, None, :, None], scores, MASKED)
+    # Divided by their sum after the product with v, not before: the gradient then needs no sum over S.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    out = jnp.einsum("BKMS,BKSN->BKMN", weights.astype(v.dtype), v).astype(jnp.float32)
-    out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+    total = weights.sum(axis=-1).reshape(rows, kv_heads, tokens * group, 1)
+    weights = weights.astype(v.dtype).reshape(rows, kv_heads, tokens * group, -1)
+    out = (jnp.einsum("BKMS,BKSN->BKMN", weights, v) / total).astype(v.dtype)
     return out.reshape(rows, kv_heads, tokens, group, width).swapaxes(1, 2).reshape(rows, tokens, heads, width)

@@ -24,7 +24,7 @@ NAMES = (
     "Kim", "Leo", "Max", "Ned", "Oli", "Pam", "Ray", "Sue", "Tom", "Uma",
 )
 # fmt: on
-PAYEES = ("rent", "gas", "water", "phone", "food", "tax", "bus", "club", "gym", "car")
+PAYEES = ("Rent", "Gas", "Water", "Phone", "Food", "Tax", "Bus", "Club", "Gym", "Car")
 TRY_AGAIN = "try again"
 
 _SCHEMA = """

@@ -309,5 +309,6 @@ IDLE_PEOPLE: tuple[str, ...] = (
     "the {V} had number {a}",
     "it was {a} degrees outside",
 )
-IDLE_DATE = "on May {a}, "  # opens a fact; days of May
+IDLE_DATE = "on May {a}, "  # opens a fact
+IDLE_DAY = "it was May {a}"
 BEFORE = "just before that, "  # opens a fact that is told after the fact which followed it

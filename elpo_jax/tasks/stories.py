@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from elpo_jax.tasks import phrases
 
 SMALLEST, LARGEST = 2, 9_999
+HARD_FROM = 4  # operations
 
 # What is counted: the theme's things, containers of them, goods that were bought, dollars, or people on a vehicle.
 THINGS = frozenset({"things"})
@@ -42,6 +43,7 @@ class Move:
       counts: What is counted afterwards; None for the same as before.
       swaps: The story goes on about the other person.
       compares: Speaks of both people, so only before the story has gone on to the other.
+      hard: Refers back, goes backwards or takes several operations at once: not in stories below `HARD_FROM`.
     """
 
     arithmetic: str
@@ -52,6 +54,7 @@ class Move:
     counts: str | None = None
     swaps: bool = False
     compares: bool = False
+    hard: bool = False
 
     def operations(self) -> tuple[tuple[str, str, str], ...]:
         """(operator, left, right) of each operation, as written."""
@@ -72,15 +75,15 @@ STARTS = {
 }
 
 MOVES = {
-    "add": Move("x + a", ANY, 2.5),
-    "add_own": Move("x + a", THINGS, 1.5),
-    "sub": Move("x - a", ANY, 3.5),
+    "add": Move("x + a", ANY, 4.0),
+    "add_own": Move("x + a", THINGS, 2.0),
+    "sub": Move("x - a", ANY, 6.0),
     "add_groups": Move("a * b; x + t", TOLD, 1.5, a=_FEW),
     "sub_groups": Move("a * b; x - t", TOLD, 1.5, a=_FEW),
     "add_dozen": Move("a * 12; x + t", THINGS | PEOPLE, 0.7, a=_DOZENS),
     "sub_dozen": Move("a * 12; x - t", THINGS | PEOPLE, 0.7, a=_DOZENS),
-    "add_weeks": Move("a * 7; b * t; x + t", THINGS | MONEY, 0.7, a=_HOURS),
-    "sub_weeks": Move("a * 7; b * t; x - t", THINGS | MONEY, 0.7, a=_HOURS),
+    "add_weeks": Move("a * 7; b * t; x + t", THINGS | MONEY, 0.7, a=_HOURS, hard=True),
+    "sub_weeks": Move("a * 7; b * t; x - t", THINGS | MONEY, 0.7, a=_HOURS, hard=True),
     "double": Move("x * 2", ANY, 1.0),
     "triple": Move("x * 3", ANY, 0.7),
     "times": Move("x * a", OWNED, 1.2, a=range(4, 13)),
@@ -88,12 +91,12 @@ MOVES = {
     "other_more": Move("x + a", OWNED, 0.7, swaps=True, compares=True),
     "other_fewer": Move("x - a", OWNED, 0.7, swaps=True, compares=True),
     "half": Move("x // 2", ANY, 2.5),
-    "share": Move("x // a", OWNED, 5.0, a=range(3, 13)),
-    "pack": Move("x // a", THINGS, 6.0, a=_FEW, counts="packs"),
+    "share": Move("x // a", OWNED, 4.0, a=range(3, 13)),
+    "pack": Move("x // a", THINGS, 5.0, a=_FEW, counts="packs"),
     "sell": Move("x * a", OBJECTS, 1.2, a=_FEW, counts="money"),
-    "spend": Move("x // a", MONEY, 6.0, a=_FEW, counts="goods"),
-    "again": Move("x + s", TOLD, 0.7),
-    "drop": Move("x - s", THINGS | MONEY, 0.7),
+    "spend": Move("x // a", MONEY, 5.0, a=_FEW, counts="goods"),
+    "again": Move("x + s", TOLD, 0.7, hard=True),
+    "drop": Move("x - s", THINGS | MONEY, 0.7, hard=True),
 }
 
 QUESTIONS = {
@@ -103,12 +106,12 @@ QUESTIONS = {
     "ask_weight": Move("x * a", THINGS, 0.7, a=_FEW),
     "ask_dozen": Move("x // 12", THINGS, 4.0),
     "ask_days": Move("x // a", THINGS, 3.0, a=_FEW),
-    "ask_weeks": Move("x // a; t // 7", THINGS, 9.0, a=_FEW),
-    "ask_need": Move("a - x", OWNED, 1.5),
-    "ask_gain": Move("x - s", TOLD, 0.7),
-    "ask_both_times": Move("x * a; x + t", THINGS | MONEY, 0.7, a=_FEW, compares=True),
-    "ask_both_more": Move("x + a; x + t", THINGS | MONEY, 0.5, compares=True),
-    "ask_both_fewer": Move("x - a; x + t", THINGS | MONEY, 0.5, compares=True),
+    "ask_weeks": Move("x // a; t // 7", THINGS, 9.0, a=_FEW, hard=True),
+    "ask_need": Move("a - x", OWNED, 1.5, hard=True),
+    "ask_gain": Move("x - s", TOLD, 0.7, hard=True),
+    "ask_both_times": Move("x * a; x + t", THINGS | MONEY, 0.7, a=_FEW, compares=True, hard=True),
+    "ask_both_more": Move("x + a; x + t", THINGS | MONEY, 0.5, compares=True, hard=True),
+    "ask_both_fewer": Move("x - a; x + t", THINGS | MONEY, 0.5, compares=True, hard=True),
     "ask_cents": Move("x * 100", MONEY, 0.7),
     "ask_buy": Move("x * 100; t // a", MONEY, 1.5, a=(5, 10, 20, 25, 50)),
 }
@@ -153,6 +156,7 @@ class _Draft:
     """A plot under construction: x and s are the running and the first value, each with how operations refer to it."""
 
     unit: str
+    hard: bool
     facts: list[Fact] = dataclasses.field(default_factory=list)
     chain: list[Operation] = dataclasses.field(default_factory=list)
     results: list[int] = dataclasses.field(default_factory=list)
@@ -203,14 +207,14 @@ _DECREASES = frozenset({"sub", "sub_groups", "sub_dozen", "sub_weeks", "half", "
 
 def draw_plot(rng: random.Random, difficulty: int) -> Plot:
     """A story of exactly `difficulty` >= 2 operations."""
-    draft = _Draft(rng.choices(("things", "money", "people"), (6, 2, 1))[0])
+    draft = _Draft(rng.choices(("things", "money", "people"), (6, 2, 1))[0], difficulty >= HARD_FROM)
     _advance(draft, "start", 0, difficulty - 1, rng)
     draft.s, draft.recalls = draft.x, draft.facts[0].move in _CLEAR_STARTS
     while (left := difficulty - len(draft.chain)) > 0:
         asked = rng.random() < _ASKED.get(left, 0.0) and _advance(draft, "question", left, left, rng)
         if not asked and not _advance(draft, "move", 1, left, rng):
             draft.append("add", rng) or draft.append("sub", rng)
-    many = rng.choices((0, 1, 2), (9, 9, 2) if difficulty <= 4 else (6, 9, 5))[0]
+    many = rng.choices((0, 1, 2), (11, 8, 1) if difficulty < 5 else (6, 9, 5))[0]
     idle = tuple(rng.randrange(2, 100) for _ in range(many))
     date = rng.randrange(2, 32) if rng.random() < 0.15 else None
     return Plot(tuple(draft.facts), tuple(draft.chain), tuple(draft.results), idle, date)
@@ -218,7 +222,7 @@ def draw_plot(rng: random.Random, difficulty: int) -> Plot:
 
 def _advance(draft: _Draft, kind: str, fewest: int, most: int, rng: random.Random) -> bool:
     """Appends a move of `fewest` to `most` operations; False if a few draws found none whose results are in range."""
-    names, weights = _candidates(kind, draft.unit, fewest, min(most, 3), draft.recalls, not draft.swapped)
+    names, weights = _candidates(kind, draft.unit, fewest, min(most, 3), draft.recalls, not draft.swapped, draft.hard)
     last = draft.facts[-1].move if draft.facts else ""
     drawn = (rng.choices(names, cum_weights=weights)[0] for _ in range(12 if names else 0))
     return any(name != last and draft.append(name, rng) for name in drawn)
@@ -226,7 +230,7 @@ def _advance(draft: _Draft, kind: str, fewest: int, most: int, rng: random.Rando
 
 @functools.cache
 def _candidates(
-    kind: str, unit: str, fewest: int, most: int, recalls: bool, compares: bool
+    kind: str, unit: str, fewest: int, most: int, recalls: bool, compares: bool, hard: bool
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """Names of the moves that are possible now, and their cumulative weights."""
     names = tuple(
@@ -236,6 +240,7 @@ def _candidates(
         and fewest <= len(_OPERATIONS[name]) <= most
         and (recalls or not any("s" in operation for operation in _OPERATIONS[name]))
         and (compares or not move.compares)
+        and (hard or not move.hard)
     )
     return names, tuple(itertools.accumulate(_ALL[name].weight for name in names))
 
@@ -364,9 +369,13 @@ def _tell_out_of_order(clauses: list[_Clause], rng: random.Random) -> None:
 
 
 def _date(clauses: list[_Clause], day: int, rng: random.Random) -> None:
-    """Dates a fact, or the opening one where no other takes a date."""
-    i = rng.choice([i for i, clause in enumerate(clauses) if clause.movable] or [0])
-    clauses[i] = _Clause(phrases.IDLE_DATE.format(a=day) + clauses[i].text, anchored=clauses[i].anchored)
+    """Dates a fact, or the whole story where none takes a date."""
+    places = [i for i, clause in enumerate(clauses) if clause.movable]
+    if places:
+        i = rng.choice(places)
+        clauses[i] = _Clause(phrases.IDLE_DATE.format(a=day) + clauses[i].text, anchored=clauses[i].anchored)
+    else:
+        clauses.insert(0, _Clause(phrases.IDLE_DAY.format(a=day)))
 
 
 def _sentence(clause: str) -> str:

@@ -137,7 +137,7 @@ def _expression(operation: Sequence, results: Sequence[str]) -> str:
 
 def _program(expression: str, dice: random.Random) -> str:
     """A program that shows the value: mostly the bare expression."""
-    return expression if dice.random() < 0.85 else dice.choice((f"x = {expression}\nx", f"print({expression})"))
+    return expression if dice.random() < 0.9 else dice.choice((f"x = {expression}\nx", f"print({expression})"))
 
 
 def _mistaken_turn(kind: str, task: Task, number: int, results: Sequence[str], dice: random.Random) -> str:

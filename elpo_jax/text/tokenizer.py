@@ -25,6 +25,7 @@ _CONTROL_PATTERN = re.compile("|".join(map(re.escape, CONTROL)))
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this character
 _TRAINING_CHARS = 4096  # longer texts are cut for training; the trainer keeps 16-bit positions
+_COPIED_OR_NOT = re.compile(r"[A-Z][a-z]*|\d|[^A-Z\d]+")
 
 
 class Tokenizer(Protocol):
@@ -52,8 +53,9 @@ class Tokenizer(Protocol):
 def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike, vocab_size: int) -> None:
     """Trains a byte-pair model of exactly `vocab_size` ids on `texts` and writes it to `path`, whole or not at all.
 
-    Merges may cross spaces and punctuation, so that an often repeated line costs one or two tokens; digits stay single.
-    The result is a function of the arguments. Byte pairs rather than the unigram model: that one prunes from pieces it
+    Merges may cross spaces and punctuation, so that an often repeated line costs one or two tokens. Digits stay single
+    and capitalised words are never part of a longer piece: numbers and names, which a policy has to copy, then have the
+    same ids wherever they stand. The result is a function of the arguments. Byte pairs rather than the unigram model: that one prunes from pieces it
     finds first, and finds too few of them in small corpora with such long repetitions.
 
     Args:
@@ -81,9 +83,9 @@ def _training_sentences(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for run in _CONTROL_PATTERN.split(_without_surrogates(text)):
             for start in range(0, len(run), _TRAINING_CHARS):
-                sentence = run[start : start + _TRAINING_CHARS]
-                # The trainer strips newlines off the end of a sentence. A digit is never part of a longer piece.
-                yield sentence + "0" if sentence[-1] in "\r\n" else sentence
+                for sentence in _COPIED_OR_NOT.findall(run[start : start + _TRAINING_CHARS]):
+                    # The trainer strips newlines off the end of a sentence. A digit is never part of a longer piece.
+                    yield sentence + "0" if sentence[-1] in "\r\n" else sentence
 
 
 def _train(sentences: list[str], file, vocab_size: int) -> None:
