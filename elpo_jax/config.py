@@ -31,10 +31,12 @@ class WordMathConfig:
     Attributes:
       difficulties: Steps that a flawless attempt needs, 2 to 10; drawn uniformly.
       slack: Tool calls an attempt may make beyond its difficulty.
+      demonstrations: Transcripts for the cold start.
     """
 
-    difficulties: tuple[int, ...] = (2, 3)
-    slack: int = 2
+    difficulties: tuple[int, ...] = (2,)
+    slack: int = 1
+    demonstrations: int = 6000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,12 @@ class LedgerConfig:
       difficulties: Steps that a flawless attempt needs, 2 to 10; drawn uniformly.
       slack: Tool calls an attempt may make beyond its difficulty.
       noise: Probability that a tool fails for no reason (the stochastic setting).
+      demonstrations: Transcripts for the cold start.
     """
 
     difficulties: tuple[int, ...] = (2, 3, 4)
-    slack: int = 2
+    slack: int = 1
+    demonstrations: int = 4000
     noise: float = 0.0
 
 
@@ -89,7 +93,6 @@ class SftConfig:
     """Cold start on demonstrations.
 
     Attributes:
-      demonstrations: Transcripts per family.
       mistake_rate: Share of turns at which the demonstrator slips and then repairs.
       steps: Optimizer steps.
       rows: Packed rows of `rollout.context` tokens per optimizer step.
@@ -98,8 +101,7 @@ class SftConfig:
       optimizer: AdamW.
     """
 
-    demonstrations: int = 5000
-    mistake_rate: float = 0.1
+    mistake_rate: float = 0.2
     steps: int = 800
     rows: int = 16
     micro_rows: int = 16
@@ -143,8 +145,8 @@ class RlConfig:
       optimizer: AdamW.
     """
 
-    steps: int = 40
-    prompts: int = 16
+    steps: int = 16
+    prompts: int = 32
     updates: int = 4
     micro_rows: int = 16
     eval_every: int = 0
@@ -152,7 +154,7 @@ class RlConfig:
     eval_k: int = 2
     dump_every: int = 10
     save_every: int = 10
-    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, warmup_steps=0, schedule="constant", weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, warmup_steps=8, b2=0.99, weight_decay=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +212,8 @@ class Config:
             ("rl.prompts", self.rl.prompts),
             ("rl.updates", self.rl.updates),
             ("rl.micro_rows", self.rl.micro_rows),
-            ("sft.demonstrations", self.sft.demonstrations),
+            ("tasks.wordmath.demonstrations", self.tasks.wordmath.demonstrations),
+            ("tasks.ledger.demonstrations", self.tasks.ledger.demonstrations),
             ("sft.rows", self.sft.rows),
             ("sft.micro_rows", self.sft.micro_rows),
             ("eval.tasks", self.eval.tasks),
@@ -225,6 +228,11 @@ class Config:
         if self.rollout.temperature <= 0:
             raise ConfigError(f"rollout.temperature={self.rollout.temperature} must be positive: training samples")
         return self
+
+    @property
+    def demonstrations(self) -> dict[str, int]:
+        """Transcripts for the cold start, by family."""
+        return {name: getattr(self.tasks, name).demonstrations for name in self.tasks.families}
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:

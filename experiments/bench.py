@@ -117,15 +117,16 @@ def _bare_loop(config, slots: int, context: int, params, mesh, settings: Setting
 
 def _play(sampler: Sampler, attempts: int, turns: int, settings: Settings) -> int:
     """Attempts of several turns, eight to a prompt, whose tools take no time; returns the number of sampled tokens."""
-    rng = np.random.default_rng(settings.seed)
-    prompts = [_text(rng, 96) for _ in range(-(-attempts // 8))]
+    prompts = [_text(np.random.default_rng((settings.seed, i)), 96) for i in range(-(-attempts // 8))]
     waiting = [(i, (prompts[i // 8],)) for i in reversed(range(attempts))]
     live: dict[int, tuple[int, tuple[Segment, ...], int]] = {}
     tokens, ended = 0, []
 
     def submit(attempt: int, prefix: tuple[Segment, ...], turn: int) -> None:
-        most = int(rng.integers(8, 49))
-        live[sampler.submit(Request(prefix, (0, attempt // 8, attempt, turn), most))] = (attempt, prefix, turn)
+        rng = np.random.default_rng((settings.seed, attempt, turn))  # the work does not depend on the schedule
+        answer = (_text(rng, int(rng.integers(8, 24))),) if turn > 1 else ()
+        request = Request((*prefix, *answer), (0, attempt // 8, attempt, turn), int(rng.integers(8, 49)))
+        live[sampler.submit(request)] = (attempt, request.prefix, turn)
 
     while waiting or live:
         for _ in range(min(sampler.free_slots, len(waiting))):
@@ -137,7 +138,7 @@ def _play(sampler: Sampler, attempts: int, turns: int, settings: Settings) -> in
             if turn == turns:
                 sampler.release(completion.ticket)
             else:
-                submit(attempt, (*prefix, completion.segment, _text(rng, int(rng.integers(8, 24)))), turn + 1)
+                submit(attempt, (*prefix, completion.segment), turn + 1)
         ended = sampler.finish_visit()
     return tokens
 

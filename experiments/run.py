@@ -160,7 +160,7 @@ def reinforce(
         environment=environment,
         sampler=sampler,
         stream=stream,
-        first_task=config.sft.demonstrations * len(stream.families),
+        first_task=max(config.demonstrations.values()) * len(stream.families),
         seed=config.seed,
         temperature=config.rollout.temperature,
         step_fn=make_train_step(make_loss(config.model), optimizer, mesh),

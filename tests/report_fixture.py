@@ -103,7 +103,7 @@ CONFIG = {
     },
     "model": {"vocab_size": 512, "d_model": 96, "layers": 3, "dtype": "float32"},
     "rollout": {"temperature": 1.0, "max_turn_tokens": 64},
-    "sft": {"demonstrations": 6000, "steps": 300, "optimizer": {"lr": 0.003}},
+    "sft": {"mistake_rate": 0.25, "steps": 300, "optimizer": {"lr": 0.003}},
     "algo": {"name": "elpo", "search": {"budget": 16, "localizer": "binary"}, "lambda_tree": 0.5, "eps_elc": 0.115},
     "against": [{"name": "grpo", "search": {"budget": 16, "localizer": "none"}, "lambda_tree": 0.0, "eps_elc": 0.0}],
     "rl": {"steps": 40, "prompts": 16, "updates": 4, "eval_tasks": 32, "eval_k": 4},

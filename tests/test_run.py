@@ -1,11 +1,14 @@
 """A whole run as a user starts it: it can be killed at any moment, it says what is wrong, and it reads its config."""
 
 import json
+import os
 import random
 import signal
 import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 
 def finish(process):
@@ -121,3 +124,16 @@ def test_a_folder_of_another_run_is_left_alone(tiny_run, start, tmp_path):
     code, _, errors = finish(start(other))
     assert code == 2 and "not empty" in errors
     assert (other / "thesis.txt").read_text() == "precious"
+
+
+def test_every_config_field_is_read(tmp_path, compile_cache):
+    """A field that nothing reads is a knob that does nothing: an ablation over it would compare a run with itself."""
+    done = subprocess.run(
+        [sys.executable, "tests/record_knobs.py", str(tmp_path / "run")],
+        cwd=ROOT,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": compile_cache, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []

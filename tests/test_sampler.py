@@ -463,6 +463,14 @@ def test_prefixes_of_other_parameters_are_forgotten_and_never_continued(sampler,
     assert len(turn.segment) == 5 and sampler.version == 8
 
 
+def test_nothing_is_left_of_a_policy_that_diverged(sampler):
+    broken = jax.tree.map(lambda x: x * np.float32(np.nan), PARAMS)
+    sampler.generate(broken, [Request((text(i, 40),), (0, 0, i, 1), 20) for i in range(4)], 1.0)
+    requests = [Request((text(i, 5),), (0, 0, i, 1), 9) for i in range(4)]
+    for request, turn in zip(requests, sampler.generate(PARAMS, requests, 1.0), strict=True):
+        agrees(request.prefix, turn)
+
+
 def test_parameters_cannot_change_under_a_request(sampler):
     sampler.submit(Request((text(0, 4),), (0, 0, 0, 1), 9))
     with pytest.raises(RuntimeError, match="1 requests are in flight"):

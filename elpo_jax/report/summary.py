@@ -9,7 +9,7 @@ _RULES = (("Checker", "checker"), ("Ties in maj@k", "majority_ties"))
 _HIGHLIGHTS = (  # of the config, worth seeing at once
     *("tasks.families", "tasks.wordmath.difficulties", "tasks.ledger.difficulties", "tasks.ledger.noise"),
     *("model.layers", "model.d_model", "model.vocab_size", "sampler.context", "rollout.temperature"),
-    *("sft.demonstrations", "sft.steps", "rl.steps", "rl.prompts", "rl.updates"),
+    *("sft.mistake_rate", "sft.steps", "rl.steps", "rl.prompts", "rl.updates"),
     *("algo.search.budget", "algo.search.localizer", "algo.critical", "algo.lambda_tree"),
     *("algo.eps_low", "algo.eps_high", "algo.eps_elc"),
 )

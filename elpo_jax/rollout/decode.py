@@ -61,8 +61,12 @@ def cache_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
 
 def make_cache(config: ModelConfig, mesh: Mesh, slots: int, length: int) -> kv.Cache:
     """An empty cache, split by slot."""
-    create = jax.jit(lambda: kv.new_cache(config, slots, length), out_shardings=cache_sharding(config, mesh))
-    return create()
+    return _cache_maker(config, mesh, slots, length)()
+
+
+@functools.cache
+def _cache_maker(config: ModelConfig, mesh: Mesh, slots: int, length: int) -> Callable[[], kv.Cache]:
+    return jax.jit(lambda: kv.new_cache(config, slots, length), out_shardings=cache_sharding(config, mesh))
 
 
 @functools.cache

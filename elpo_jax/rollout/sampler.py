@@ -6,6 +6,7 @@ another attempt's prefix) is continued, rewound or forked; only what is missing 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from elpo_jax.model.cache import Cache
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.transformer import Params
 from elpo_jax.rollout import decode
@@ -116,7 +118,8 @@ class Sampler:
         self._row_buckets = sorted({size for size in sizes if size < self._per_shard} | {self._per_shard})
         self._token_buckets = sorted(config.prefill_buckets)
 
-        self._cache = decode.make_cache(model_config, mesh, config.slots, config.context)
+        self._new_cache = functools.partial(decode.make_cache, model_config, mesh, config.slots, config.context)
+        self._cache: Cache | None = self._new_cache()
         self._fork = decode.make_fork(model_config, mesh)
         self._prefill = decode.make_prefill(model_config, mesh)
         self._decode = decode.make_decode(
@@ -159,6 +162,9 @@ class Sampler:
             raise RuntimeError(f"{in_flight} requests are in flight: finish them before loading other parameters")
         self._params = decode.place_params(params, self._mesh)
         self._table.load(version)
+        # Columns that no query may see weigh exactly 0, but 0 times what a diverged policy left there can be nan.
+        self._cache = None  # frees the old one before the new one exists
+        self._cache = self._new_cache()
 
     def compile(self) -> None:
         """Compiles every shape, by running each on padding alone. Parameters must be loaded."""

@@ -156,13 +156,17 @@ def update_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def rollout_metrics(trees: Sequence[RolloutTree], credits: Sequence[Credit]) -> dict[str, float]:
-    """What the collected trees look like. Root attempts are i.i.d.; all leaves are not (continuations of failures)."""
+    """What the collected trees look like.
+
+    "root_success" is the mean over prompts of their independent attempts' success: neither the continuations, which
+    start from failures, nor the prompts that were easy enough to leave budget for more roots weigh more.
+    """
     leaves = [leaf for tree in trees for leaf in tree.leaves]
     roots = collections.defaultdict(list)
     for tree in trees:
-        for leaf in tree.leaves:
-            if leaf.parent is None:
-                roots[tree.task.family].append(leaf.trajectory.success)
+        own = [leaf.trajectory.success for leaf in tree.leaves if leaf.parent is None]
+        if own:
+            roots[tree.task.family].append(np.mean(own))
     own = [step for leaf in leaves for step in leaf.trajectory.steps[leaf.anchor :]]
     results = [step.result.status for step in own if step.result is not None]
     searches = [search for tree in trees for search in tree.searches]

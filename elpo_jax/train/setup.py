@@ -8,7 +8,7 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -109,7 +109,7 @@ def build_tokenizer(config: Config, workdir: pathlib.Path, stream: TaskStream, t
         if not path.exists():
             # Demonstrations are written as bytes first: their text is what the pieces are learned from.
             chat = ChatFormat(ByteTokenizer(), tool_listing=config.tasks.chat_tools)
-            count = config.tokenizer.texts * len(config.tasks.families)
+            count = dict.fromkeys(config.tasks.families, config.tokenizer.texts)
             texts = [
                 t for trajectory in _demonstrate(config, chat, stream, toolbox, count) for t in _texts(chat, trajectory)
             ]
@@ -136,8 +136,7 @@ def demonstration_rows(config: Config, environment: Environment, stream: TaskStr
     Raises:
       ConfigError: If none fits.
     """
-    count = config.sft.demonstrations * len(config.tasks.families)
-    trajectories = list(_demonstrate(config, environment.chat, stream, environment.toolbox, count))
+    trajectories = list(_demonstrate(config, environment.chat, stream, environment.toolbox, config.demonstrations))
     fitting = [t for t in trajectories if len(t.ids()) <= config.sampler.context]
     if not fitting:
         shortest = min(len(t.ids()) for t in trajectories)
@@ -151,9 +150,9 @@ def demonstration_rows(config: Config, environment: Environment, stream: TaskStr
 
 
 def _demonstrate(
-    config: Config, chat: ChatFormat, stream: TaskStream, toolbox: ToolBox, count: int
+    config: Config, chat: ChatFormat, stream: TaskStream, toolbox: ToolBox, count: Mapping[str, int]
 ) -> Iterator[Trajectory]:
-    tasks = [stream.task("train", n) for n in range(count)]
+    tasks = [stream.family_task(family, "train", i) for family, n in count.items() for i in range(n)]
     return demonstrations(stream.families, tasks, toolbox, chat, seed=config.seed, mistake_rate=config.sft.mistake_rate)
 
 
