@@ -135,7 +135,8 @@ class RlConfig:
     Attributes:
       steps: Collected batches.
       prompts: Tasks per batch; each grows one tree of `algo.search.budget` attempts.
-      updates: Optimizer steps per batch; each takes `prompts / updates` trees.
+      updates: Optimizer steps per pass over a batch; each takes `prompts / updates` trees.
+      epochs: Passes over a batch; from the second on the clip bounds bind.
       micro_rows: Packed rows per forward pass.
       eval_every: Batches between validations (0: never), each of `eval_tasks` tasks per family, `eval_k` times.
       eval_tasks: See above.
@@ -148,6 +149,7 @@ class RlConfig:
     steps: int = 16
     prompts: int = 32
     updates: int = 4
+    epochs: int = 3
     micro_rows: int = 16
     eval_every: int = 0
     eval_tasks: int = 32
@@ -211,6 +213,7 @@ class Config:
         for key, value in (
             ("rl.prompts", self.rl.prompts),
             ("rl.updates", self.rl.updates),
+            ("rl.epochs", self.rl.epochs),
             ("rl.micro_rows", self.rl.micro_rows),
             ("tasks.wordmath.demonstrations", self.tasks.wordmath.demonstrations),
             ("tasks.ledger.demonstrations", self.tasks.ledger.demonstrations),

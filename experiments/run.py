@@ -59,7 +59,7 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False) -> dict:
                 environment.check(task, config.sampler.context)
             sampler = Sampler(config.model, config.sampler, environment.chat.stop_ids, config.seed, mesh)
             sft_optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
-            rl_optimizer = make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.updates)
+            rl_optimizer = make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.updates * config.rl.epochs)
         meta = {"config": config.name, "tokenizer": tokenizer.fingerprint}
 
         begun = cold_start(config, workdir, mesh, sft_optimizer, environment, stream, meta)

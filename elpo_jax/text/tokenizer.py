@@ -55,8 +55,8 @@ def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike, vocab_siz
 
     Merges may cross spaces and punctuation, so that an often repeated line costs one or two tokens. Digits stay single
     and capitalised words are never part of a longer piece: numbers and names, which a policy has to copy, then have the
-    same ids wherever they stand. The result is a function of the arguments. Byte pairs rather than the unigram model: that one prunes from pieces it
-    finds first, and finds too few of them in small corpora with such long repetitions.
+    same ids wherever they stand. The result is a function of the arguments. Byte pairs rather than the unigram model:
+    that one prunes from pieces it finds first, and finds too few of them in small corpora with such long repetitions.
 
     Args:
       texts: What is going to be encoded. Control strings in it are cut out, as `encode` never sees across them.

@@ -118,11 +118,11 @@ def update(
     trees: Sequence[RolloutTree],
     credits: Sequence[Credit],
 ) -> tuple[TrainState, dict[str, float]]:
-    """`config.updates` optimizer steps over the trees, each over its own share of the prompts, in order."""
+    """`config.epochs` passes of `config.updates` optimizer steps, each over its own share of the prompts, in order."""
     scalars = recipe.scalars() | {"temperature": learner.temperature}
     scalars = {name: np.float32(value) for name, value in scalars.items()}
     share = len(trees) // config.updates
-    rows: list[Mapping[str, float]] = []
+    batches = []
     for i in range(config.updates):
         mine = slice(i * share, (i + 1) * share)
         groups = [policy_examples(t, c) for t, c in zip(trees[mine], credits[mine], strict=True)]
@@ -131,6 +131,9 @@ def update(
         batch = stack(pack(examples, learner.sampler.context), config.micro_rows)
         if learner.reference_logp is not None and recipe.kl > 0:
             batch = batch.replace(reference_logp=learner.reference_logp(batch))
+        batches.append(batch)
+    rows: list[Mapping[str, float]] = []
+    for batch in batches * config.epochs:
         state, metrics = learner.step_fn(state, batch, scalars)
         rows.append({name: float(value) for name, value in metrics.items()})
     return state, update_metrics(rows)
