@@ -35,8 +35,8 @@ class WordMathConfig:
     """
 
     difficulties: tuple[int, ...] = (2,)
-    slack: int = 1
-    demonstrations: int = 6000
+    slack: int = 0
+    demonstrations: int = 5000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +51,9 @@ class LedgerConfig:
     """
 
     difficulties: tuple[int, ...] = (2, 3, 4)
-    slack: int = 1
-    demonstrations: int = 4000
+    slack: int = 0
     noise: float = 0.0
+    demonstrations: int = 5000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,7 @@ class SftConfig:
 
     Attributes:
       mistake_rate: Share of turns at which the demonstrator slips and then repairs.
+      slack: Calls that it may spend on slips; where a family's own slack is less, the policy has to do without them.
       steps: Optimizer steps.
       rows: Packed rows of `rollout.context` tokens per optimizer step.
       micro_rows: Rows per forward pass.
@@ -102,6 +103,7 @@ class SftConfig:
     """
 
     mistake_rate: float = 0.2
+    slack: int = 2
     steps: int = 800
     rows: int = 16
     micro_rows: int = 16
@@ -146,10 +148,10 @@ class RlConfig:
       optimizer: AdamW.
     """
 
-    steps: int = 16
+    steps: int = 18
     prompts: int = 32
     updates: int = 4
-    epochs: int = 3
+    epochs: int = 1
     micro_rows: int = 16
     eval_every: int = 0
     eval_tasks: int = 32

@@ -2,8 +2,8 @@
 
 COMMAND:  bash experiments/quickstart.sh [WORKDIR]
 
-The demonstrations are sloppy on purpose (a fifth of the turns slip and are repaired): the cold-started policy imitates
-the slips, fails by some that it does not repair, and leaves the rest to reinforcement learning.
+The demonstrations are sloppy on purpose: a fifth of the turns slip and are repaired by further calls. The policy that
+imitates them is graded without a spare call, and what it has to unlearn is left to reinforcement learning.
 """
 
 from elpo_jax.config import Config

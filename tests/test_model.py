@@ -69,8 +69,8 @@ def test_forward_equals_float64_numpy(qk_norm, qkv_bias, tied):
 )
 def test_every_other_option_equals_float64_numpy(change):
     config = dataclasses.replace(FULL, **change)
-    tokens = random_tokens(1, 40)
-    hidden, _ = forward(config)(parameters(config), tokens, count_up(1, 40))
+    tokens = random_tokens(1, 150)  # three blocks of attention, the last one shorter
+    hidden, _ = forward(config)(parameters(config), tokens, count_up(1, 150))
     close(hidden[0], numpy_model.forward(config, parameters(config), tokens[0])[0])
 
 
@@ -209,12 +209,12 @@ def test_rewind_equals_recompute(keep, seed):
 
 def packed_rows():
     """Three sequences packed into two rows with padding at the end, and the same sequences in rows of their own."""
-    lengths, length = (7, 5, 9), 14
-    tokens = random_tokens(3, 9, seed=2)
+    lengths, length, longest = (70, 50, 90), 140, 90  # over the boundaries of the blocks that attention works in
+    tokens = random_tokens(3, longest, seed=2)
     packed = {name: np.zeros((2, length), np.int32) for name in ("tokens", "segments")}
     packed["positions"] = np.full((2, length), -1, np.int32)
-    padded = {"tokens": np.zeros((3, 9), np.int32), "positions": np.full((3, 9), -1, np.int32)}
-    places = [(0, 0, 1), (0, 7, 2), (1, 0, 1)]
+    padded = {"tokens": np.zeros((3, longest), np.int32), "positions": np.full((3, longest), -1, np.int32)}
+    places = [(0, 0, 1), (0, 70, 2), (1, 0, 1)]
     for sequence, (n, (row, start, segment)) in enumerate(zip(lengths, places, strict=True)):
         where = (row, slice(start, start + n))
         packed["tokens"][where], packed["segments"][where] = tokens[sequence, :n], segment
@@ -226,7 +226,7 @@ def packed_rows():
 def test_packed_equals_padded_in_hidden_and_gradient():
     config, params = FULL, parameters(FULL)
     packed, padded, lengths, places = packed_rows()
-    weights = np.random.default_rng(3).normal(size=(3, 9, config.d_model)).astype(np.float32)
+    weights = np.random.default_rng(3).normal(size=(3, 90, config.d_model)).astype(np.float32)
 
     @functools.partial(jax.jit, static_argnums=2)
     def sequences(params, batch, cut):
@@ -247,8 +247,8 @@ def test_packed_equals_padded_in_hidden_and_gradient():
 def test_rows_of_padding_are_finite_and_carry_no_gradient():
     params = parameters(FULL)
     packed, _, _, _ = packed_rows()
-    blank = {"tokens": np.zeros((2, 14), np.int32), "positions": np.full((2, 14), -1, np.int32)}
-    blank["segments"] = np.zeros((2, 14), np.int32)
+    blank = {"tokens": np.zeros((2, 140), np.int32), "positions": np.full((2, 140), -1, np.int32)}
+    blank["segments"] = np.zeros((2, 140), np.int32)
     both = {name: np.concatenate([packed[name], blank[name]]) for name in packed}
 
     def loss(params, batch):

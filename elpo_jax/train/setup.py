@@ -1,6 +1,7 @@
 """Builds what a run is made of from its config: tokenizer, families, tools, demonstrations and the run folder."""
 
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import json
@@ -153,6 +154,7 @@ def _demonstrate(
     config: Config, chat: ChatFormat, stream: TaskStream, toolbox: ToolBox, count: Mapping[str, int]
 ) -> Iterator[Trajectory]:
     tasks = [stream.family_task(family, "train", i) for family, n in count.items() for i in range(n)]
+    tasks = [dataclasses.replace(task, max_steps=task.difficulty + config.sft.slack) for task in tasks]
     return demonstrations(stream.families, tasks, toolbox, chat, seed=config.seed, mistake_rate=config.sft.mistake_rate)
 
 
