@@ -148,7 +148,7 @@ class RlConfig:
       optimizer: AdamW.
     """
 
-    steps: int = 18
+    steps: int = 16
     prompts: int = 32
     updates: int = 4
     epochs: int = 1

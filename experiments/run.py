@@ -48,9 +48,9 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False) -> dict:
             mesh = make_mesh(config.mesh)
             stack.enter_context(open_workdir(workdir, config, resume))
             stack.enter_context(jax.set_mesh(mesh))
-            stream, toolbox = stack.enter_context(open_tools(config))
-            tokenizer = build_tokenizer(config, workdir, stream, toolbox)
-            environment = build_environment(config, tokenizer, stream, toolbox)
+            stream, toolboxes = stack.enter_context(open_tools(config))
+            tokenizer = build_tokenizer(config, workdir, stream, toolboxes)
+            environment = build_environment(config, tokenizer, stream, toolboxes)
             tests = {
                 family: [stream.family_task(family, "test", i) for i in range(config.eval.tasks)]
                 for family in stream.families

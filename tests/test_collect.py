@@ -14,7 +14,8 @@ from elpo_jax.rollout.agent import Environment
 from elpo_jax.rollout.collect import collect, sample
 from elpo_jax.rollout.sampler import Sampler
 from elpo_jax.text.chat import Message
-from elpo_jax.tools.base import InfrastructureError, Status
+from elpo_jax.tools.base import InfrastructureError, Status, ToolCall
+from elpo_jax.tools.toolbox import Request, ToolBox
 from elpo_jax.train.checkpoint import Checkpoints
 from elpo_jax.train.mesh import make_mesh
 from elpo_jax.train.setup import build_environment, build_tokenizer, open_tools
@@ -45,9 +46,9 @@ def world(tiny_run):
     """The cold-started policy of the tiny run, with its tools."""
     config = get_config()
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    with open_tools(config) as (stream, toolbox):
-        tokenizer = build_tokenizer(config, tiny_run, stream, toolbox)
-        environment = build_environment(config, tokenizer, stream, toolbox)
+    with open_tools(config) as (stream, toolboxes):
+        tokenizer = build_tokenizer(config, tiny_run, stream, toolboxes)
+        environment = build_environment(config, tokenizer, stream, toolboxes)
         optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
         blank = init_state(config.model, optimizer, jax.random.key(0), mesh)
         state, _ = Checkpoints(tiny_run / "sft" / "checkpoints").restore(blank, mesh)
@@ -160,22 +161,26 @@ def test_attempts_lost_to_our_machinery_do_not_count(world):
                 raise InfrastructureError("worker died")
             return self.tool.run(arguments, state)
 
-    from elpo_jax.tools.toolbox import ToolBox
-
-    ledger = world.environment.families["ledger"].tools
     interpreter = world.environment.families["wordmath"].tools[0]
     tasks = [world.stream.family_task("wordmath", "validation", i) for i in range(4)]
-    with ToolBox((Breaking(interpreter, 3), *ledger), retries=0) as toolbox:
-        environment = dataclasses.replace(world.environment, toolbox=toolbox)
+    with ToolBox([Breaking(interpreter, 3)], retries=0) as toolbox:
+        environment = dataclasses.replace(world.environment, toolboxes={"wordmath": toolbox})
         search = SearchConfig(budget=6, localizer="none")
         sampler = world.sampler(16)
         trees = collect(tasks, search, environment, sampler, seed=0, step=3, temperature=1.0)
         assert sum(tree.infrastructure_failures for tree in trees) == 3
         assert [len(tree.leaves) for tree in trees] == [6] * 4
-    with ToolBox((Breaking(interpreter, 10**6), *ledger), retries=0) as toolbox:
-        environment = dataclasses.replace(world.environment, toolbox=toolbox)
+    with ToolBox([Breaking(interpreter, 10**6)], retries=0) as toolbox:
+        environment = dataclasses.replace(world.environment, toolboxes={"wordmath": toolbox})
         with pytest.raises(RuntimeError, match="tool failures of ours"):
             sample(tasks, 4, environment, world.sampler(16), seed=0, step=3, temperature=1.0)
+
+
+def test_a_tool_of_another_family_is_unknown(world):
+    """A word problem offers the interpreter alone; what a model writes about accounts there is its own mistake."""
+    call = ToolCall("pay", {"from": "Bob", "to": "Gas", "amount": 1})
+    result, _ = world.environment.toolboxes["wordmath"].submit(Request(call, None)).result()
+    assert result.status is Status.UNKNOWN_TOOL
 
 
 def test_a_prompt_that_does_not_fit_is_refused_by_name(world):

@@ -24,7 +24,7 @@ class Environment:
     """Everything an attempt meets outside the policy."""
 
     families: Mapping[str, Family]
-    toolbox: ToolBox
+    toolboxes: Mapping[str, ToolBox]  # by family: a tool that a task does not offer is unknown to it
     chat: ChatFormat
     max_turn_tokens: int
 
@@ -124,7 +124,8 @@ def _answer(ended, environment, sampler, live, finished, step) -> None:
             finish = Finish.ANSWER if completion.stopped else Finish.LENGTH
             _end(attempt, Finish.MAX_STEPS if wants_tool else finish, environment, sampler, finished)
             continue
-        future = environment.toolbox.submit(ToolRequest(turn.call, attempt.state)) if turn.call is not None else None
+        toolbox = environment.toolboxes[attempt.start.task.family]
+        future = toolbox.submit(ToolRequest(turn.call, attempt.state)) if turn.call is not None else None
         calls.append((attempt, completion.segment, turn, future))
     for attempt, segment, turn, future in calls:
         result, attempt.state = (turn.error, attempt.state) if future is None else future.result()

@@ -75,8 +75,8 @@ def open_workdir(workdir: pathlib.Path, config: Config, resume: bool) -> Iterato
 
 
 @contextlib.contextmanager
-def open_tools(config: Config) -> Iterator[tuple[TaskStream, ToolBox]]:
-    """The task families and the tools that serve them; worker processes end with the context."""
+def open_tools(config: Config) -> Iterator[tuple[TaskStream, dict[str, ToolBox]]]:
+    """The task families and, by family, the tools that serve them; worker processes end with the context."""
     with contextlib.ExitStack() as stack:
         rollout = config.rollout
         interpreter = stack.enter_context(
@@ -96,12 +96,16 @@ def open_tools(config: Config) -> Iterator[tuple[TaskStream, ToolBox]]:
                 raise ConfigError(f"unknown family {name!r} in tasks.families: there are {', '.join(known)}")
         families = {name: known[name][0] for name in config.tasks.families}
         difficulties = {name: known[name][1] for name in config.tasks.families}
-        tools = {tool.name: tool for family in families.values() for tool in family.tools}
-        toolbox = stack.enter_context(ToolBox(tuple(tools.values()), workers=rollout.interpreter_workers))
-        yield TaskStream(families, difficulties, config.seed), toolbox
+        toolboxes = {
+            name: stack.enter_context(ToolBox(family.tools, workers=rollout.interpreter_workers))
+            for name, family in families.items()
+        }
+        yield TaskStream(families, difficulties, config.seed), toolboxes
 
 
-def build_tokenizer(config: Config, workdir: pathlib.Path, stream: TaskStream, toolbox: ToolBox) -> Tokenizer:
+def build_tokenizer(
+    config: Config, workdir: pathlib.Path, stream: TaskStream, toolboxes: dict[str, ToolBox]
+) -> Tokenizer:
     """The run's tokenizer; a sentencepiece model is trained on demonstrations once and kept in the run folder."""
     if config.tokenizer.kind == "byte":
         tokenizer = ByteTokenizer()
@@ -112,7 +116,9 @@ def build_tokenizer(config: Config, workdir: pathlib.Path, stream: TaskStream, t
             chat = ChatFormat(ByteTokenizer(), tool_listing=config.tasks.chat_tools)
             count = dict.fromkeys(config.tasks.families, config.tokenizer.texts)
             texts = [
-                t for trajectory in _demonstrate(config, chat, stream, toolbox, count) for t in _texts(chat, trajectory)
+                t
+                for trajectory in _demonstrate(config, chat, stream, toolboxes, count)
+                for t in _texts(chat, trajectory)
             ]
             partial = path.with_name("tokenizer.partial.model")
             train_sentencepiece(texts, partial, config.tokenizer.vocab_size)
@@ -126,9 +132,11 @@ def build_tokenizer(config: Config, workdir: pathlib.Path, stream: TaskStream, t
     return tokenizer
 
 
-def build_environment(config: Config, tokenizer: Tokenizer, stream: TaskStream, toolbox: ToolBox) -> Environment:
+def build_environment(
+    config: Config, tokenizer: Tokenizer, stream: TaskStream, toolboxes: dict[str, ToolBox]
+) -> Environment:
     chat = ChatFormat(tokenizer, tool_listing=config.tasks.chat_tools)
-    return Environment(stream.families, toolbox, chat, config.rollout.max_turn_tokens)
+    return Environment(stream.families, toolboxes, chat, config.rollout.max_turn_tokens)
 
 
 def demonstration_rows(config: Config, environment: Environment, stream: TaskStream) -> tuple[Batch, int]:
@@ -137,7 +145,7 @@ def demonstration_rows(config: Config, environment: Environment, stream: TaskStr
     Raises:
       ConfigError: If none fits.
     """
-    trajectories = list(_demonstrate(config, environment.chat, stream, environment.toolbox, config.demonstrations))
+    trajectories = list(_demonstrate(config, environment.chat, stream, environment.toolboxes, config.demonstrations))
     fitting = [t for t in trajectories if len(t.ids()) <= config.sampler.context]
     if not fitting:
         shortest = min(len(t.ids()) for t in trajectories)
@@ -151,11 +159,13 @@ def demonstration_rows(config: Config, environment: Environment, stream: TaskStr
 
 
 def _demonstrate(
-    config: Config, chat: ChatFormat, stream: TaskStream, toolbox: ToolBox, count: Mapping[str, int]
+    config: Config, chat: ChatFormat, stream: TaskStream, toolboxes: dict[str, ToolBox], count: Mapping[str, int]
 ) -> Iterator[Trajectory]:
-    tasks = [stream.family_task(family, "train", i) for family, n in count.items() for i in range(n)]
-    tasks = [dataclasses.replace(task, max_steps=task.difficulty + config.sft.slack) for task in tasks]
-    return demonstrations(stream.families, tasks, toolbox, chat, seed=config.seed, mistake_rate=config.sft.mistake_rate)
+    rate = config.sft.mistake_rate
+    for family, n in count.items():
+        tasks = (stream.family_task(family, "train", i) for i in range(n))
+        tasks = [dataclasses.replace(task, max_steps=task.difficulty + config.sft.slack) for task in tasks]
+        yield from demonstrations(stream.families, tasks, toolboxes[family], chat, seed=config.seed, mistake_rate=rate)
 
 
 def _texts(chat: ChatFormat, trajectory: Trajectory) -> Iterator[str]:
