@@ -123,25 +123,27 @@ def test_neither_slots_nor_neighbours_change_an_attempt(world, trees):
             assert x.trajectory.success == y.trajectory.success
 
 
-def test_a_branch_starts_from_the_world_after_its_anchor(world, trees):
-    """Replaying the calls of every ledger attempt one by one, each in a world of its own, gives what was recorded."""
+def test_every_call_met_the_world_that_the_steps_before_it_left(world, trees):
+    """Each ledger call is repeated alone, on the world after the step before it, which for a branch is its parent's."""
     replayed = 0
-    tools = {tool.name: tool for tool in world.environment.families["ledger"].tools}
+    ledger = world.environment.families["ledger"]
+    tools = {tool.name: tool for tool in ledger.tools}
     for tree in trees:
         if tree.task.family != "ledger":
             continue
+        opening = ledger.start(tree.task, key=0)
         for leaf in tree.leaves:
-            if leaf.parent is None:
-                continue
-            state = tree.leaves[leaf.parent].trajectory.steps[leaf.anchor - 1].state
-            first = leaf.trajectory.steps[leaf.anchor]
-            if first.call is None or first.call.name not in tools or first.result.status is Status.MALFORMED:
-                continue
-            # The branch has its own noise, drawn from its own key, on the shared world.
-            own = dataclasses.replace(state, key=first.state.key)
-            result, _ = tools[first.call.name].run(first.call.arguments, own)
-            assert result == first.result
-            replayed += 1
+            steps = leaf.trajectory.steps
+            for i in range(leaf.anchor, len(steps)):
+                step, before = steps[i], steps[i - 1].state if i else opening
+                if step.call is None or step.call.name not in tools or step.result.status is Status.MALFORMED:
+                    continue
+                # A branch draws its own noise, from its own key, on the shared world.
+                result, after = tools[step.call.name].run(
+                    step.call.arguments, dataclasses.replace(before, key=step.state.key)
+                )
+                assert result == step.result and after == step.state
+                replayed += 1
     assert replayed > 0
 
 
