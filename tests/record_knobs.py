@@ -10,8 +10,8 @@ import sys
 from elpo_jax.config import Config
 from experiments.run import main
 
-MACHINERY = ("dataclasses.py", "config.py", "<string>")
-CHECKS = {"__post_init__", "check"}
+MACHINERY = ("dataclasses.py", "<string>")
+CHECKS = {"__post_init__", "check", "_set"}
 seen: set[tuple[str, str]] = set()
 fields: set[tuple[str, str]] = set()
 
@@ -23,7 +23,7 @@ def record(cls: type) -> None:
     def read(self, name):
         if name in names and (cls.__name__, name) not in seen:
             frame = sys._getframe(1)
-            if not frame.f_code.co_filename.endswith(MACHINERY) or "model/config.py" in frame.f_code.co_filename:
+            if not frame.f_code.co_filename.endswith(MACHINERY):
                 stack = frame
                 while stack is not None and stack.f_code.co_name not in CHECKS:
                     stack = stack.f_back

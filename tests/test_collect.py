@@ -12,8 +12,9 @@ from tiny import get_config
 from elpo_jax.config import Config
 from elpo_jax.rollout.agent import Environment
 from elpo_jax.rollout.collect import collect, sample
-from elpo_jax.rollout.sampler import Sampler
+from elpo_jax.rollout.sampler import Completion, Sampler
 from elpo_jax.text.chat import Message
+from elpo_jax.text.parser import call_text
 from elpo_jax.tools.base import InfrastructureError, Status, ToolCall
 from elpo_jax.tools.toolbox import Request, ToolBox
 from elpo_jax.train.checkpoint import Checkpoints
@@ -23,7 +24,7 @@ from elpo_jax.train.state import init_state
 from elpo_jax.train.step import make_optimizer
 from elpo_jax.trees.grow import SearchConfig
 from elpo_jax.trees.serial import tree_from_json
-from elpo_jax.trees.trajectory import Author, Finish
+from elpo_jax.trees.trajectory import Author, Finish, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,28 +124,70 @@ def test_neither_slots_nor_neighbours_change_an_attempt(world, trees):
             assert x.trajectory.success == y.trajectory.success
 
 
-def test_every_call_met_the_world_that_the_steps_before_it_left(world, trees):
+class Scripted:
+    """Stands where the sampler does, and plays random well-formed ledger calls: a function of each request's stream."""
+
+    def __init__(self, chat, tasks, context=2048, slots=16):
+        self.chat, self.tasks, self.context, self.slots = chat, {task.uid: task for task in tasks}, context, slots
+        self.tickets, self.pending, self.started = 0, [], []
+
+    @property
+    def free_slots(self):
+        return self.slots - len(self.pending)
+
+    def submit(self, request):
+        self.tickets += 1
+        self.pending.append((self.tickets, request))
+        return self.tickets
+
+    def release(self, ticket):
+        pass
+
+    def start_visit(self, temperature):
+        self.started, self.pending = self.pending, []
+
+    def finish_visit(self):
+        return [Completion(ticket, self.turn(request), True) for ticket, request in self.started]
+
+    def turn(self, request):
+        rng = np.random.default_rng(request.stream)
+        meta = self.tasks[request.stream[1]].meta
+        names = rng.permutation(list(meta["balances"])).tolist()
+        account, payee, amount = meta["bills"][rng.integers(len(meta["bills"]))]
+        calls = [
+            ("query", {"account": names[0]}),
+            ("pay", {"from": account, "to": payee, "amount": amount}),
+            ("move", {"from": names[0], "to": names[-1], "amount": 1}),
+            ("close", {"account": names[0]}),
+        ]
+        choice = rng.integers(5)
+        ids = self.chat.turn(call_text(*calls[choice]) if choice < 4 else "Done.")
+        return Segment(Author.MODEL, ids, np.zeros(len(ids), np.float32), rng.random(len(ids)).astype(np.float32))
+
+
+def test_every_call_met_the_world_that_the_steps_before_it_left(world):
     """Each ledger call is repeated alone, on the world after the step before it, which for a branch is its parent's."""
-    replayed = 0
     ledger = world.environment.families["ledger"]
     tools = {tool.name: tool for tool in ledger.tools}
-    for tree in trees:
-        if tree.task.family != "ledger":
-            continue
+    tasks = [ledger.task("validation", i, difficulty=5) for i in range(12)]
+    sampler = Scripted(world.environment.chat, tasks)
+    search = SearchConfig(budget=12, buffer=2)
+    branches = 0
+    for tree in collect(tasks, search, world.environment, sampler, seed=0, step=0, temperature=1.0):
         opening = ledger.start(tree.task, key=0)
         for leaf in tree.leaves:
             steps = leaf.trajectory.steps
             for i in range(leaf.anchor, len(steps)):
-                step, before = steps[i], steps[i - 1].state if i else opening
-                if step.call is None or step.call.name not in tools or step.result.status is Status.MALFORMED:
+                if steps[i].call is None:
                     continue
+                before = steps[i - 1].state if i else opening
                 # A branch draws its own noise, from its own key, on the shared world.
-                result, after = tools[step.call.name].run(
-                    step.call.arguments, dataclasses.replace(before, key=step.state.key)
-                )
-                assert result == step.result and after == step.state
-                replayed += 1
-    assert replayed > 0
+                own = dataclasses.replace(before, key=steps[i].state.key)
+                result, after = tools[steps[i].call.name].run(steps[i].call.arguments, own)
+                assert result == steps[i].result and after == steps[i].state
+                branches += i == leaf.anchor > 0
+            assert leaf.trajectory.success == ledger.grade(tree.task, "", steps[-1].state).success
+    assert branches > 10, "branches made calls"
 
 
 def test_attempts_lost_to_our_machinery_do_not_count(world):
