@@ -47,6 +47,11 @@ def close(a, b, tolerance=1e-5):
     np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=tolerance, atol=tolerance)
 
 
+def close_gradient(a, b):
+    """Elements of a gradient are sums that may cancel, so the error is measured against the largest."""
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6 * np.abs(b).max())
+
+
 # Against the independent forward
 
 
@@ -241,7 +246,7 @@ def test_packed_equals_padded_in_hidden_and_gradient():
     for i, (row, start, n) in enumerate(cuts):
         close(hidden_a[row, start : start + n], hidden_b[i, :n])
     close(a, b, 1e-4)
-    jax.tree.map(close, grad_a, grad_b)
+    jax.tree.map(close_gradient, grad_a, grad_b)
 
 
 def test_rows_of_padding_are_finite_and_carry_no_gradient():
@@ -262,7 +267,7 @@ def test_rows_of_padding_are_finite_and_carry_no_gradient():
     alone, _ = gradient(params, blank)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((outputs, with_blank)))
     assert all(not np.any(x) for x in jax.tree.leaves(alone))
-    jax.tree.map(close, with_blank, without)
+    jax.tree.map(close_gradient, with_blank, without)
 
 
 def test_initial_scales():
@@ -291,7 +296,7 @@ def test_remat_changes_neither_names_nor_gradients():
         return jax.jit(jax.grad(lambda p: jnp.sum(apply(config, p, tokens, count_up(2, 8))[0] * target)))
 
     assert "remat" in str(jax.make_jaxpr(gradient(remat))(params))
-    jax.tree.map(close, gradient(FULL)(params), gradient(remat)(params))
+    jax.tree.map(close_gradient, gradient(FULL)(params), gradient(remat)(params))
 
 
 def test_bfloat16_runs_and_stays_close():
