@@ -7,7 +7,6 @@ figures are medians. Rates of a shared machine move by tens of percent, so read 
 import argparse
 import dataclasses
 import json
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from elpo_jax.policy.recipes import elpo
 from elpo_jax.rollout import decode
 from elpo_jax.rollout.sampler import Request, Sampler, SamplerConfig
 from elpo_jax.train.mesh import MeshConfig, make_mesh
+from elpo_jax.train.setup import provenance
 from elpo_jax.train.state import init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 from elpo_jax.trees.trajectory import Author, Segment
@@ -242,13 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--runs {options.runs}: a median needs at least 3")
     jax.config.update("jax_num_cpu_devices", options.devices)
     settings = Settings(options.quick, options.seed, options.runs)
-    where = {
-        "machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "seed": options.seed,
-        "params": {name: count_params(config) for name, config in settings.models().items()},
-    }
+    params = {name: count_params(config) for name, config in settings.models().items()}
+    where = provenance() | {"seed": options.seed, "params": params}
     for name in options.names:
         for line in BENCHES[name](settings):
             print(json.dumps(line | where), flush=True)

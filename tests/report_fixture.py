@@ -1,8 +1,8 @@
 """Builds the folder of a run as the loops write it, with made-up but plausible content, for the tests of the report.
 
 Attempts are drawn from a toy world in which a fatal step loses the task for good, so the trees have the structure of
-real ones: roots, a binary search in a failed one, probes; credit and JSON are the package's own. Run as a script it
-writes a folder to look at: `PYTHONPATH=. python tests/report_fixture.py FOLDER`.
+real ones: roots, a binary search in a failed one, probes, and an oracle of one family; credit and JSON are the
+package's own. Run as a script it writes a folder to look at: `PYTHONPATH=. python tests/report_fixture.py FOLDER`.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from elpo_jax.trees.tree import Leaf, Probe, RolloutTree, SearchRecord
 
 FAMILIES = ("ledger", "wordmath")
 TOOLS = {"ledger": ("balance", "transfer", "spend", "close_account"), "wordmath": ("code_interpreter",)}
+CALLS = 5  # that an attempt may make
 
 HOSTILE = (
     "</script><script>window.hit=1</script>",
@@ -149,8 +150,16 @@ def evaluation(name: str, accuracies: tuple[float, float], rng: np.random.Genera
             "tokens": 118 + 20 * rng.random(),
             "status": {"ok": 4100, "error": 310, "malformed": 44, "empty": 12},
             "finish": {"answer": 1531, "max_steps": 60, "length": 9},
+            "per_task": per_task(x, rng),
         }
     return {"name": name, "protocol": PROTOCOL, "protocol_line": LINE, "seconds": 16.2, "families": families}
+
+
+def per_task(mean: float, rng: np.random.Generator) -> list[float]:
+    """Shares of 8 attempts at each of 200 tasks with this mean."""
+    successes = np.zeros(1600)
+    successes[: round(1600 * mean)] = 1
+    return rng.permutation(successes).reshape(200, 8).mean(axis=1).tolist()
 
 
 def results(evaluations: dict[str, dict]) -> dict:
@@ -212,9 +221,12 @@ def rl_rows(stage: str, gain: float, rng: np.random.Generator, steps: int = 40) 
             "loss/clip_low": 0.01 + abs(noise[2]) / 4,
             "loss/clip_high": 0.008 + abs(noise[1]) / 4,
             "loss/relaxed_only": 0.004 + abs(noise[0]) / 9 if stage == "elpo" else 0.0,
+            "rollout/entropy": 0.31 - 0.2 * progress + noise[0] / 9,
             "loss/entropy": 0.42 - 0.2 * progress + noise[0] / 9,
-            "loss/mismatch_mean": 2e-6 * rng.random(),
-            "loss/mismatch_max": 3e-5 * rng.random(),
+            "loss/first_mismatch_mean": 2e-6 * rng.random(),
+            "loss/first_mismatch_max": 3e-5 * rng.random(),
+            "loss/mismatch_mean": 0.01 + 0.004 * rng.random(),
+            "loss/mismatch_max": 1.5 + 2 * rng.random(),
             "loss/first_ratio_deviation_max": 4e-6 * rng.random(),
             "grad_norm": 0.3 + rng.random() / 5,
             "seconds/collect": 2.9 + rng.random(),
@@ -227,6 +239,35 @@ def rl_rows(stage: str, gain: float, rng: np.random.Generator, steps: int = 40) 
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyState:
+    """Good calls that are still to be made, and whether a step lost the task for good."""
+
+    left: int
+    lost: bool
+
+    def fork(self, key: int) -> "ToyState":
+        return self
+
+
+class ToyFamily:
+    """As much of a family as a dump asks for: the exact oracle of the toy world, where there is one."""
+
+    def __init__(self, has_oracle: bool):
+        self._has_oracle = has_oracle
+
+    def first_irrecoverable(self, task: Task, states: list[ToyState]) -> int | None:
+        if not self._has_oracle:
+            return None
+        if not (states[-1].left or states[-1].lost):
+            return 0
+        lost = [state.lost or state.left > task.max_steps - step for step, state in enumerate(states, 1)]
+        return lost.index(True) + 1
+
+
+TOYS = {"ledger": ToyFamily(True), "wordmath": ToyFamily(False)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +319,7 @@ def tree(
 ) -> dict:
     """One tree of `budget` rollouts as its JSON line."""
     uid = rl_step * 100 + number
-    prompt = f"Solve problem {number} in at most 7 calls. A crate holds 12 boxes; every third one is empty."
+    prompt = f"Solve problem {number} in at most {CALLS} calls. A crate holds 12 boxes; every third one is empty."
     chat = f"<|im_start|>system\nTools: {', '.join(TOOLS[family])}<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
     segment = Segment(Author.ENVIRONMENT, WORDS.encode(chat + "<|im_start|>assistant\n"))
     world = World(family, number, int(rng.integers(2, 5)), skill, budget, segment)
@@ -288,7 +329,7 @@ def tree(
         family=family,
         prompt=prompt,
         answer=str(number * 7),
-        max_steps=7,
+        max_steps=CALLS,
         difficulty=world.calls,
         meta={},
     )
@@ -303,7 +344,7 @@ def tree(
             searches.append(search(world, failed[0], leaves, paths, rng))
     grown = RolloutTree(task, tuple(leaves), tuple(searches))
     recipe = {"grpo": grpo, "elpo": elpo}[stage]()
-    line = tree_to_json(grown, decode_token=WORDS.decode, credit=assign(grown, recipe))
+    line = tree_to_json(grown, decode_token=WORDS.decode, credit=assign(grown, recipe), family=TOYS[family])
     return {**line, "rl_step": rl_step, "recipe": stage}
 
 
@@ -325,31 +366,34 @@ def attempt(world: World, parent: int | None, anchor: int, leaves: list, paths: 
     """Adds an attempt that shares `anchor` steps with its parent; after a fatal step it fails."""
     path: list[Turn] = [] if parent is None else list(paths[parent][:anchor])
     lost = any(turn.fatal for turn in path)
-    while sum(not turn.fault for turn in path) < world.calls and len(path) < 7:
+    while sum(not turn.fault for turn in path) < world.calls and len(path) < CALLS:
         fault = rng.random() < 0.14
         fatal = not fault and not lost and rng.random() > world.skill ** (1 / world.calls)
         lost = lost or fatal
-        path.append(Turn(tool_step(world, len(path), fault, rng), fault, fatal))
-    cut = sum(not turn.fault for turn in path) < world.calls
-    answer = "" if cut else str(world.number * 7 + (3 if lost else 0))
-    if not cut:
-        text = f"The answer is \\boxed{{{answer}}}.<|im_end|>"
-        path.append(Turn(Step(model(text, rng), text=text), False, False))
-    success = not lost and not cut
+        left = world.calls - sum(not turn.fault for turn in path) - (not fault)
+        path.append(Turn(tool_step(world, len(path), fault, ToyState(left, lost), rng), fault, fatal))
+    out = sum(not turn.fault for turn in path) < world.calls
+    answer = "" if out else str(world.number * 7 + (3 if lost else 0))
+    # The agent loop keeps a call that it does not answer as a turn without call and result.
+    text = (
+        tool_step(world, len(path), False, None, rng).text if out else f"The answer is \\boxed{{{answer}}}.<|im_end|>"
+    )
+    path.append(Turn(Step(model(text, rng), text=text), False, False))
+    success = not lost and not out
     trajectory = Trajectory(
         prompt=world.prompt,
         steps=tuple(turn.step for turn in path),
-        finish=Finish.MAX_STEPS if cut else Finish.ANSWER,
+        finish=Finish.MAX_STEPS if out else Finish.ANSWER,
         success=success,
         reward=float(success),
-        reason="correct" if success else "no answer" if cut else "wrong answer",
+        reason="correct" if success else "out of tool calls; no answer" if out else "wrong answer",
         answer=answer,
     )
     paths.append(path)
     leaves.append(Leaf(trajectory, parent, anchor))
 
 
-def tool_step(world: World, position: int, fault: bool, rng: np.random.Generator) -> Step:
+def tool_step(world: World, position: int, fault: bool, state: ToyState | None, rng: np.random.Generator) -> Step:
     """One assistant turn with its tool call; about one fault in three cannot even be parsed."""
     name = str(rng.choice(TOOLS[world.family]))
     amount = int(rng.integers(3, 60))
@@ -368,7 +412,7 @@ def tool_step(world: World, position: int, fault: bool, rng: np.random.Generator
         status = Status(rng.choice(["error", "timeout", "empty", "unknown_tool", "memory", "output_limit"]))
         result = ToolResult(status, f"Error: {status.value} in {name}", "ZeroDivisionError")
     response = Segment(Author.ENVIRONMENT, WORDS.encode(f"<tool_response>{result.text}</tool_response>"))
-    return Step(model(text, rng), call, result, response, text=text)
+    return Step(model(text, rng), call, result, response, state, text)
 
 
 def model(text: str, rng: np.random.Generator) -> Segment:

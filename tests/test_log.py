@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,8 +190,36 @@ def test_time_left_follows_the_recent_pace_and_counts_down():
             progress.update(step, tokens_per_s=2e4)
         assert RATE_SECONDS < 90 and "8:20 left" in progress.tail()  # 500 steps of one second
         clock.now += 20.0
-        assert "8:00 left" in progress.tail()
+        assert "8:19 left" in progress.tail(), "a step that takes long leaves those after it to do"
         assert progress.tail().startswith("500/1000") and "20k tokens/s" in progress.tail()
+
+
+@pytest.mark.parametrize("told_by", ["within", "update"])
+def test_the_time_left_and_the_rates_are_right_where_a_step_takes_minutes(told_by):
+    """Steps of 120 s on average, 16 of them: 90 rollouts, one a second, and then the update."""
+    progress, clock, _ = follow(title="elpo", total=16)
+    lengths = [114.0, 126.0, 117.0, 123.0] * 4
+    end = clock.now + sum(lengths)
+    tails = []
+    with progress:
+        for step, length in enumerate(lengths, 1):
+            for rollouts in range(1, 91):
+                clock.now += 1.0
+                if told_by == "within":
+                    progress.within(rollouts)
+                else:
+                    progress.update(step - 1, rollouts=1)
+                tails.append((step, end - clock.now, progress.tail()))
+            clock.now += length - 90.0
+            tails.append((step, end - clock.now, progress.tail()))
+            progress.update(step, tokens=100 * length)
+    for step, truth, tail in tails:
+        if step == 1:
+            assert "left" not in tail, "nothing is known before the first step has ended"
+            continue
+        minutes, seconds = re.search(r"(?:(\d+):)?(\d+)(?: s)? left", tail).groups(default="0")
+        assert abs(60 * int(minutes) + int(seconds) - truth) < 0.06 * truth + 10, (step, truth, tail)
+        assert ", 100 tokens/s, " in tail and 0.7 < float(re.search(r"([\d.]+) rollouts/s", tail)[1]) < 0.8
 
 
 def test_rollouts_of_the_step_under_way_are_told():
@@ -199,8 +228,10 @@ def test_rollouts_of_the_step_under_way_are_told():
         clock.now += 20.0
         progress.within(50)
         assert "50 rollouts of the next at 2.5/s" in text.getvalue()
+        clock.now += 30.0
+        assert "50 rollouts of the next at 2.5/s" in progress.tail(), "the rate is that of sampling"
         progress.update(1)
-        assert "rollouts" not in progress.tail()
+        assert progress.tail() == "1/4, 1 rollouts/s, 2:30 left"
 
 
 def test_text_of_a_model_cannot_drive_the_terminal():

@@ -81,10 +81,6 @@ def test_a_node_opens_the_attempt_at_its_step(run, visit):
     tree, data = first_tree(run, page)
     assert page.locator(".node:not(.prompt)").count() == len(tree["nodes"])
     assert page.locator("button.leaf").count() == len(tree["leaves"])
-    marked = {
-        int(i) for i in page.locator(".node.critical").evaluate_all("nodes => nodes.map(node => node.dataset.node)")
-    }
-    assert marked == {i for i, node in enumerate(tree["nodes"]) if node["critical"]} != set()
     assert page.locator(".steps .probe").count() == len({p["at"] for s in tree["searches"] for p in s["probes"]})
     for index in (len(tree["nodes"]) - 1, 0):
         node = tree["nodes"][index]
@@ -104,6 +100,67 @@ def test_a_node_opens_the_attempt_at_its_step(run, visit):
     assert leaf["reason"] in panel.inner_text() and ("Solved" if leaf["success"] else "Failed") in panel.inner_text()
     panel.locator("summary").click()
     assert panel.locator("details pre").inner_text().strip() == tree["prompt"].strip()
+
+
+def test_a_marked_step_says_how_it_is_known_and_what_the_oracle_says(run, visit):
+    page = visit(run)
+    words = {
+        "verified": "located, verified",
+        "unverified": "located, unverified",
+        "assumed": "assumed from the tree",
+    }
+    classes = {"verified": "critical verified", "unverified": "critical unverified", "assumed": "assumed"}
+    data = page_data(run / "report.html")
+    known, compared = set(), set()
+    for tree in data["trees"]:
+        assert page.locator(".treetitle h3").inner_text() == tree["task"]["id"]
+        for evidence, name in classes.items():
+            nodes = page.locator(f".node.{name.replace(' ', '.')}")
+            drawn = {int(i) for i in nodes.evaluate_all("nodes => nodes.map(node => node.dataset.node)")}
+            assert drawn == {i for i, node in enumerate(tree["nodes"]) if node["evidence"] == evidence}
+        drawn = page.locator(".node:has(.oracle)").evaluate_all("nodes => nodes.map(node => node.dataset.node)")
+        assert {int(i) for i in drawn} == {i for i, node in enumerate(tree["nodes"]) if node["oracle"]}
+        located = sum(node["evidence"] in ("verified", "unverified") for node in tree["nodes"])
+        row = page.locator('.treelist li[aria-selected="true"] .marks').inner_text()
+        assert row == (f"{located} located" if located else ""), "what was only assumed does not count"
+        for number, leaf in enumerate(tree["leaves"]):
+            if leaf["success"] or (leaf["evidence"], leaf["oracle"]) in compared:
+                continue
+            known.add(leaf["evidence"])
+            compared.add((leaf["evidence"], leaf["oracle"]))
+            page.locator(f'[data-leaf="{number}"]').click()
+            said = f"step {leaf['first_failure']}, {words[leaf['evidence']]}"
+            if leaf["oracle"]:
+                same = leaf["oracle"] == leaf["first_failure"]
+                said += f"; oracle: step {leaf['oracle']}, {'the same' if same else 'another one'}"
+                exact = page.locator(".attempt .step", has=page.locator(".oracle"))
+                assert exact.locator("h4").inner_text().startswith(f"Step {leaf['oracle']}")
+            assert page.locator(".attempt .facts dd").nth(2).inner_text() == said
+            tag = page.locator(f".attempt .step.{classes[leaf['evidence']].replace(' ', '.')} .tag").first
+            assert tag.inner_text() == f"first irrecoverable step, {words[leaf['evidence']]}"
+        page.locator(".treelist").press("n")
+    assert known == set(words)
+    rows = page.locator(".localization tbody tr")
+    assert rows.count() == len(data["localization"]["rows"]) > 2
+    for text, row in zip(rows.all_inner_texts(), data["localization"]["rows"], strict=True):
+        assert words[row["evidence"]] in text and f"{100 * row['agree'] / row['steps']:.1f} %" in text
+
+
+def test_a_call_that_was_refused_is_no_answer(run, visit):
+    page = visit(run)
+    data = page_data(run / "report.html")
+    at, tree = next(
+        (i, t) for i, t in enumerate(data["trees"]) if any(leaf["finish"] == "max_steps" for leaf in t["leaves"])
+    )
+    page.locator(".treelist li").nth(at).click()
+    number = next(i for i, leaf in enumerate(tree["leaves"]) if leaf["finish"] == "max_steps")
+    last = tree["leaves"][number]["path"][-1]
+    assert page.locator(f'[data-node="{last}"] .name').inner_text() == "no calls left"
+    assert page.locator(f'[data-node="{last}"] svg.no_calls').count() == 1
+    page.locator(f'[data-leaf="{number}"]').click()
+    block = page.locator(".attempt .step").last
+    assert "called with no calls left" in block.locator("h4").inner_text()
+    assert "<tool_call>" in block.locator(".tokens").inner_text() and block.locator(".part").count() == 0
 
 
 def test_tokens_show_their_exact_values_and_take_the_chosen_colour(run, visit):
@@ -150,7 +207,8 @@ def test_filters_and_keys_choose_the_tree(run, visit):
         page.select_option("#filter-outcome", outcome)
         expect([t for t, found in zip(chosen, ends, strict=True) if found == kinds])
     page.select_option("#filter-outcome", "critical")
-    expect([t for t, found in zip(chosen, ends, strict=True) if False in found])
+    located = ("verified", "unverified")
+    expect([t for t in chosen if any(node["evidence"] in located for node in t["nodes"])])
     page.select_option("#filter-outcome", "mixed")
     page.select_option("#filter-family", "wordmath")
     chosen = [t for t in chosen if t["outcome"] == "mixed" and t["task"]["family"] == "wordmath"]

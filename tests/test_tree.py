@@ -1,5 +1,6 @@
 """Nodes and paths of a tree, what it refuses, and its life as JSON."""
 
+import dataclasses
 import json
 import re
 
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 from elpo_jax.policy.credit import assign
 from elpo_jax.policy.recipes import elpo
-from elpo_jax.tools.base import Status
+from elpo_jax.tasks.ledger import Ledger
+from elpo_jax.tools.base import Status, ToolCall
 from elpo_jax.trees.serial import tree_from_json, tree_to_json
-from elpo_jax.trees.trajectory import Finish, Trajectory
+from elpo_jax.trees.trajectory import Finish, Step, Trajectory
 from elpo_jax.trees.tree import Leaf, Probe, RolloutTree, SearchRecord
 
 SMALL = [(None, 0, 2, False), (None, 0, 0, True), (0, 1, 3, True), (0, 2, 2, False), (2, 3, 3, False)]
@@ -121,6 +123,66 @@ def test_json_holds_shared_steps_once_and_the_credit():
     assert [node["parent"] for node in data["nodes"]][:5] == [None, "s1:0", "s2:0", None, "s1:0"]
     plain = tree_to_json(tree, decode_token=str)
     assert "advantage" not in plain["nodes"][0] and plain["leaves"][0]["first_failure"] == 0
+
+
+class Oracle:
+    """A family whose attempts are in reach of their goal until the final turn."""
+
+    def __init__(self):
+        self.asked = []
+
+    def first_irrecoverable(self, task, states):
+        self.asked.append(states)
+        return 0 if task.meta["n"] == len(states) else len(states) + 1
+
+
+def test_the_oracle_is_asked_with_the_worlds_after_the_calls():
+    tree = make_tree([(None, 0, 1, True), (None, 0, 2, False), (1, 1, 3, False)])
+    steps = [dataclasses.replace(step, state=f"world {i}") for i, step in enumerate(tree.leaves[1].trajectory.steps)]
+    # Its last call was answered, but the context had no room for the answer: there is no step after it to blame.
+    full = dataclasses.replace(steps[1], response=None)
+    attempt = dataclasses.replace(tree.leaves[1].trajectory, steps=(steps[0], full), finish=Finish.LENGTH)
+    branch = dataclasses.replace(tree.leaves[2].trajectory, steps=(steps[0], *tree.leaves[2].trajectory.steps[1:]))
+    tree = dataclasses.replace(tree, leaves=(tree.leaves[0], Leaf(attempt), Leaf(branch, 1, 1)))
+    oracle = Oracle()
+    data = tree_to_json(tree, decode_token=str, family=oracle)
+    assert oracle.asked == [[None], ["world 0", "world 1"], ["world 0", None, None]]
+    assert [leaf["oracle"] for leaf in data["leaves"]] == [0, 2, 4]
+    assert [leaf["oracle"] for leaf in tree_to_json(tree, decode_token=str)["leaves"]] == [None, None, None]
+    for leaf in data["leaves"]:
+        del leaf["oracle"]  # as in dumps of older versions
+    assert len(tree_from_json(data).leaves) == 3
+
+
+def test_the_ledgers_oracle_is_in_its_dumps():
+    ledger = Ledger()
+    task = ledger.task("train", 0, 3)
+    tools = {tool.name: tool for tool in ledger.tools}
+    flawless = []
+    player = ledger.demonstrate(task, np.random.default_rng(0))
+    state, turn = ledger.start(task, 0), next(player)
+    while "tool_call" in turn:
+        written = json.loads(re.search(r"\{.*\}", turn)[0])
+        flawless.append(ToolCall(written["name"], written["arguments"]))
+        result, state = tools[flawless[-1].name].run(flawless[-1].arguments, state)
+        turn = player.send(result)
+    payer = task.meta["bills"][0][0]
+    fatal = ToolCall("close", {"account": payer})  # before its bill is paid
+
+    def leaf(calls):
+        state, steps = ledger.start(task, 0), []
+        for call in calls:
+            result, state = tools[call.name].run(call.arguments, state)
+            blank = make_step(Status.OK)
+            steps.append(Step(blank.turn, call, result, blank.response, state, "call"))
+        final = Step(make_step(None).turn, state=state, text="Done.")
+        success = ledger.grade(task, "Done.", state).success
+        return Leaf(Trajectory(PROMPT, (*steps, final), Finish.ANSWER, success, float(success)))
+
+    plays = [flawless, [], [fatal], [ToolCall("query", {"account": payer}), fatal, *flawless], flawless[:-1]]
+    tree = RolloutTree(task, tuple(map(leaf, plays)))
+    dumped = tree_to_json(tree, decode_token=str, family=ledger)["leaves"]
+    assert [leaf["oracle"] for leaf in dumped] == [0, 1, 1, 2, len(flawless)]
 
 
 def test_an_empty_tree_survives():

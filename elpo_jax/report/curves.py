@@ -14,19 +14,27 @@ MOST_POINTS = 300  # of one line; more are averaged in equal runs of steps
 Row = Mapping[str, Any]
 Panel = dict[str, Any]
 
+# Trees with one outcome have no gradient and are left out of the batch, and of every mean over its tokens.
+_TRAINED = "the model tokens of trees with different outcomes"
 # (key, title, what it tells)
-_RL_PANELS = (
+RL_PANELS = (
     ("loss", "Loss", "clipped policy-gradient objective"),
-    ("loss/entropy", "Entropy", "nats per token, full vocabulary"),
-    ("loss/clip_low", "Clipped low", "share of tokens whose ratio fell below the lower bound"),
-    ("loss/clip_high", "Clipped high", "share of tokens whose ratio rose above the upper bound"),
-    ("loss/relaxed_only", "Kept by the relaxed bound", "share of tokens that only the relaxed bound keeps alive"),
-    ("loss/mismatch_mean", "Sampler against trainer, mean", "difference of log-probabilities, nats"),
-    ("loss/mismatch_max", "Sampler against trainer, largest", "difference of log-probabilities, nats"),
+    ("rollout/entropy", "Entropy of the policy", "nats per sampled token of all trees, full vocabulary"),
+    ("loss/clip_low", "Clipped low", f"ratio fell below the lower bound; share of {_TRAINED}"),
+    ("loss/clip_high", "Clipped high", f"ratio rose above the upper bound; share of {_TRAINED}"),
+    ("loss/relaxed_only", "Kept by the relaxed bound", f"only the relaxed bound keeps them alive; share of {_TRAINED}"),
+    (
+        "loss/first_mismatch_mean",
+        "Sampler against trainer, mean",
+        "|difference of log-probabilities|, nats, at the first update",
+    ),
+    ("loss/first_mismatch_max", "Sampler against trainer, largest", "likewise, nats; rounding only"),
     ("loss/first_ratio_deviation_max", "Ratio at the first update", "largest distance from 1, rounding only"),
+    ("loss/mismatch_mean", "Drift within a batch, mean", "|change of log-probability since sampling| over all updates"),
+    ("loss/mismatch_max", "Drift within a batch, largest", "likewise, nats; what the updates before have learned"),
     ("grad_norm", "Gradient norm", "before clipping"),
 )
-_SFT_PANELS = (
+SFT_PANELS = (
     ("loss", "Loss", "nats per model token"),
     ("grad_norm", "Gradient norm", "before clipping"),
     ("lr", "Learning rate", ""),
@@ -65,9 +73,9 @@ def curves(stages: Mapping[str, Sequence[Row]], validation: str = "") -> list[di
     imitation = {name: rows for name, rows in stages.items() if rows and not is_rl(rows)}
     groups = []
     if learning:
-        groups.append(_group("Reinforcement learning", "RL step", _ABOUT_RL, learning, _RL_PANELS, validation))
+        groups.append(_group("Reinforcement learning", "RL step", _ABOUT_RL, learning, RL_PANELS, validation))
     if imitation:
-        groups.append(_group("Cold start", "SFT step", _ABOUT_SFT, imitation, _SFT_PANELS, validation))
+        groups.append(_group("Cold start", "SFT step", _ABOUT_SFT, imitation, SFT_PANELS, validation))
     return groups
 
 

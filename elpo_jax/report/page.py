@@ -11,15 +11,17 @@ import hashlib
 import importlib.resources
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from elpo_jax.report.curves import curves
+from elpo_jax.report.localization import localization
 from elpo_jax.report.log import finite, read_json, read_metrics, write_text
 from elpo_jax.report.summary import difficulty_charts, header, ordered, result_tables, validation_line
 from elpo_jax.report.text import printable
-from elpo_jax.report.trees import MOST_TREES, embedded_trees
+from elpo_jax.report.trees import MOST_TREES, Dump, embedded_trees, read_dumps
 
 _SCRIPTS = ("dom.js", "charts.js", "summary.js", "tree.js", "attempt.js", "main.js")  # in order of use
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
@@ -63,7 +65,8 @@ def payload(workdir: Path) -> dict[str, Any]:
         raise ValueError(f"{workdir} holds nothing that a run writes: give the --workdir of a run")
     if "elpo" in folders and "grpo" not in folders:
         notes.append("There is no GRPO stage, so ELPO has nothing beside it.")
-    trees, problems = embedded_trees(folders)
+    dumps, others, torn = read_dumps(folders)
+    trees, unreadable = embedded_trees(dumps)
     return {
         "title": workdir.resolve().name,
         "header": header(config or {}, results or {}),
@@ -72,8 +75,9 @@ def payload(workdir: Path) -> dict[str, Any]:
             {name: _metrics(folder, notes) for name, folder in folders.items()}, validation_line(config or {})
         ),
         "difficulty": difficulty_charts(evaluations),
-        "notes": notes + problems,
-        "treesNote": _trees_note(trees),
+        "localization": localization(dumps),
+        "notes": notes + torn + unreadable,
+        "treesNote": _trees_note(trees["trees"], dumps, others),
         **trees,
     }
 
@@ -139,14 +143,18 @@ def _metrics(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _trees_note(trees: Mapping[str, Any]) -> str:
-    shown, seen, dumps = len(trees["trees"]), trees["seen"], trees["dumps"]
+def _trees_note(trees: Sequence[Mapping[str, Any]], dumps: Sequence[Dump], others: int) -> str:
+    """Exactly which trees are embedded."""
     if not dumps:
         return "No rollouts were written, so there are no trees to show."
-    if not shown:
+    if not trees:
         return "None of the rollouts that were written could be read."
+    shown = Counter((tree["stage"], tree["step"]) for tree in trees)
+    seen = sum(len(dump.trees) for dump in dumps)
+    parts = [f"{shown[d.stage, d.step]} of {len(d.trees)} from {d.stage} step {d.step}" for d in dumps]
+    unread = f" Of each stage the first, the middle and the last dump were read; {others} others were not."
     return (
-        f"Shown are {shown} of the {seen} trees in the first, middle and last dump of each stage (there are {dumps} "
-        f"dumps in all). At most {MOST_TREES} are embedded, those with solved and failed attempts first; the others "
-        "are in STAGE/rollouts/."
+        f"Embedded are {len(trees)} of the {seen} trees in {len(dumps)} dumps: {', '.join(parts)}."
+        f"{unread if others else ''} At most {MOST_TREES} are embedded, those with solved and failed attempts first; "
+        "all are in STAGE/rollouts/."
     )

@@ -16,7 +16,8 @@ from rich.text import Text
 from elpo_jax.report.text import printable
 
 PLAIN_SECONDS = 10.0  # between two plain lines
-RATE_SECONDS = 30.0  # rates and the time left are measured over this much of the past
+RATE_SECONDS = 30.0  # rates and the time left are measured over at least this much of the past
+RATE_STEPS = 3  # and over at least so many whole steps, for a step may take minutes
 
 
 def duration(seconds: float) -> str:
@@ -46,7 +47,8 @@ class Progress:
 
     Example:
       with Progress("elpo", 60) as progress:
-          progress.update(1, tokens=5120, rollouts=64, success=0.41)
+          progress.within(64)
+          progress.update(1, tokens=5120, success=0.41)
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Progress:
           title: Name of the stage.
           total: Number of steps of the whole stage.
           start: Steps done before this process began (a resumed run); they count for the bar, not for the rates.
-          rates: Names in `update` that are amounts done since the previous update, shown per second.
+          rates: Names in `update` that are amounts done since the previous step, shown per second.
           console: Where to write; stdout by default.
           clock: Seconds, monotonic.
         """
@@ -73,10 +75,11 @@ class Progress:
         self._console = console or Console()
         self._clock = clock
         self._step = start
-        self._past: deque[tuple[float, int, dict[str, float]]] = deque()
+        self._past: deque[tuple[float, int, dict[str, float]]] = deque()  # one entry per update that ended a step
         self._totals = dict.fromkeys(self._rates, 0.0)
         self._shown: dict[str, str] = {}
         self._within = 0
+        self._within_at = 0.0
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> "Progress":
@@ -99,25 +102,29 @@ class Progress:
 
         Args:
           step: Steps done so far, out of the total.
-          **values: Numbers (or short strings) to show. Those named in `rates` are amounts since the last update.
+          **values: Numbers (or short strings) to show. Those named in `rates` are amounts since the last update; of
+            "rollouts" the default is what `within` told.
         """
         now = self._clock()
-        self._step, self._within = step, 0
-        for name in self._totals.keys() & values.keys():
-            self._totals[name] += float(values[name])  # type: ignore[arg-type]
+        amounts = {"rollouts": self._within} | values
+        for name in self._totals.keys() & amounts.keys():
+            self._totals[name] += float(amounts[name])  # type: ignore[arg-type]
         shown = {printable(name): short(value) for name, value in values.items() if name not in self._totals}
         self._shown = self._shown | shown  # a new dict: the thread that redraws may be reading the old one
-        self._past.append((now, step, dict(self._totals)))
-        while len(self._past) > 2 and now - self._past[1][0] >= RATE_SECONDS:
-            self._past.popleft()
+        self._within = 0
+        if step > self._step:
+            self._step = step
+            self._past.append((now, step, dict(self._totals)))
+            while now - self._past[1][0] >= RATE_SECONDS and step - self._past[1][1] >= RATE_STEPS:
+                self._past.popleft()
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
         self._print_sometimes(now)
 
     def within(self, rollouts: int) -> None:
         """Tells that `rollouts` rollouts of the step that is under way are done; the next `update` ends that step."""
-        self._within = rollouts
-        self._print_sometimes(self._clock())
+        self._within, self._within_at = rollouts, self._clock()
+        self._print_sometimes(self._within_at)
 
     def say(self, line: str) -> None:
         """Prints a line of its own, above the bar where there is one."""
@@ -125,17 +132,17 @@ class Progress:
 
     def tail(self) -> str:
         """All that follows the bar: steps, rates, time left, values."""
-        clock = self._clock()
         (then, first, before), (now, last, after) = self._past[0], self._past[-1]
         parts = [f"{self._step}/{self._total}"]
         if self._within:
-            rate = self._within / max(clock - now, 1e-9)
+            rate = self._within / max(self._within_at - now, 1e-9)
             parts.append(f"{self._within} rollouts of the next at {short(rate)}/s")
         if now > then:
             parts += [f"{short((after[n] - before[n]) / (now - then))} {n}/s" for n in self._rates if after[n]]
-            if first < last < self._total:
-                # Counted down between updates: a step may take minutes.
-                left = (now - then) / (last - first) * (self._total - last) - (clock - now)
+            if last < self._total:
+                # Counted down between updates, for a step may take minutes, but never into the steps after this one.
+                pace, rest = (now - then) / (last - first), self._total - last
+                left = max(pace * rest - (self._clock() - now), pace * (rest - 1))
                 parts.append(f"{duration(left)} left")
         for name, text in self._shown.items():
             parts.append(f"{text} {name.removesuffix('_per_s')}/s" if name.endswith("_per_s") else f"{name} {text}")

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 ORDER = ("sft", "grpo", "elpo")  # of the algorithms, in every table and chart; others follow by name
 _RULES = (("Checker", "checker"), ("Ties in maj@k", "majority_ties"))
 _HIGHLIGHTS = (  # of the config, worth seeing at once
@@ -92,16 +94,18 @@ def result_tables(results: Mapping[str, Any], evaluations: Mapping[str, Mapping[
         for family, rows in families.items()
     ]
     budget, seconds = results.get("budget") or {}, results.get("seconds") or {}
+    line = protocol_line(protocol)
+    rules = [(name, _text(protocol[key])) for name, key in _RULES if key in protocol]
     return {
-        "protocol": protocol_line(protocol),
-        "rules": [[name, _text(protocol[key])] for name, key in _RULES if key in protocol],
+        "protocol": line,
+        "rules": [[name, text] for name, text in rules if text not in line],
         "families": tables,
         "budget": [
             {"name": name, "seconds": seconds.get(name), **(budget.get(name) or {})}
             for name in ordered(list(dict.fromkeys([*budget, *(s for s in seconds if s not in ("eval", "total"))])))
         ],
         "seconds": {name: seconds[name] for name in ("eval", "total") if name in seconds},
-        "reading": _reading(tables, budget) if tables else [],
+        "reading": _reading(families, tables, budget) if tables else [],
     }
 
 
@@ -153,7 +157,17 @@ def _bar(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, "value": value, "ci": entry.get("ci"), "n": entry.get("n")}
 
 
-def _reading(tables: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]) -> list[str]:
+def paired_interval(first: Sequence[float], second: Sequence[float], samples: int = 2000) -> tuple[float, float]:
+    """95 % percentile bootstrap over tasks of the mean difference first - second of two policies on the same tasks."""
+    differences = np.subtract(first, second)
+    draws = np.random.default_rng(0).integers(0, len(differences), (samples, len(differences)))
+    low, high = np.quantile(differences[draws].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _reading(
+    families: Mapping[str, Mapping[str, Any]], tables: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]
+) -> list[str]:
     """Sentences that say how to read the table, and what it does and does not settle."""
     out = [
         "avg@k is the share of right answers among k sampled attempts at a task, averaged over the n held-out tasks; "
@@ -169,23 +183,41 @@ def _reading(tables: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]) -> 
             + ("the same budget." if same else "not the same budget, so compare with care.")
             + " A branch reuses its prefix, so equal rollouts are not equal tokens; the budget table has both."
         )
+    comparisons = []
     for table in tables:
         rows = {row["name"]: row["metrics"][0] for row in table["rows"] if row["metrics"]}
-        parts = [_compare(rows["elpo"], rows[name], name) for name in ORDER[:-1] if {"elpo", name} <= rows.keys()]
+        tasks = {name: families[table["name"]][name].get("per_task") or [] for name in rows}
+        parts = [
+            _compare(rows["elpo"], rows[name], name, tasks["elpo"], tasks[name])
+            for name in ORDER[:-1]
+            if {"elpo", name} <= rows.keys()
+        ]
         if any(parts):
-            out.append(f"{table['name']}: {rows['elpo']['name']} with ELPO is {' and '.join(filter(None, parts))}.")
+            comparisons.append(
+                f"{table['name']}: {rows['elpo']['name']} with ELPO is {' and '.join(filter(None, parts))}."
+            )
+    if comparisons:
+        out += comparisons
+        out.append(
+            "Every interval here is over tasks, with one training seed: it says how much hangs on which tasks were "
+            "drawn, and nothing about how another training would have come out."
+        )
     return out
 
 
-def _compare(elpo: Mapping[str, Any], other: Mapping[str, Any], name: str) -> str:
+def _compare(
+    elpo: Mapping[str, Any], other: Mapping[str, Any], name: str, ours: Sequence[float], theirs: Sequence[float]
+) -> str:
+    """How far ELPO is from another policy; with an interval where the success at each task, `ours` and `theirs`, is."""
     if elpo["value"] is None or other["value"] is None:
         return ""
     gain = 100 * (elpo["value"] - other["value"])
     side = "level with" if abs(gain) < 0.05 else f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
     part = f"{side} {name.upper()}"
-    if elpo["ci"] and other["ci"]:
-        apart = elpo["ci"][0] > other["ci"][1] or elpo["ci"][1] < other["ci"][0]
-        part += " (the intervals do not overlap)" if apart else " (the intervals overlap: this run does not settle it)"
+    # Two policies meet the same tasks, so whether their own intervals overlap says little about the difference.
+    if ours and len(ours) == len(theirs):
+        low, high = (100 * end for end in paired_interval(ours, theirs))
+        part += f" (paired bootstrap of the difference over {len(ours)} tasks: {low:+.1f} to {high:+.1f})"
     return part
 
 

@@ -5,7 +5,7 @@ never overlaps another one.
 """
 
 import dataclasses
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -78,3 +78,16 @@ class Family(Protocol):
 
     def demonstrate(self, task: Task, rng: np.random.Generator, mistake_rate: float = 0.0) -> Demonstrator:
         """The reference policy. With `mistake_rate` > 0 it makes mistakes, each repaired before the final answer."""
+
+    def first_irrecoverable(self, task: Task, states: Sequence[State | None]) -> int | None:
+        """The exact first irrecoverable step of an attempt, for people and tests: nothing that learns may see it.
+
+        Args:
+          task: What was attempted.
+          states: The world after each of the K steps that a tool or the parser's error answered, in order.
+
+        Returns:
+          The smallest m in 1..K after whose step no further calls could reach the goal; K + 1, the final turn, if the
+          goal was in reach until then and the attempt ended without it; 0 if it ended with the goal reached; None if
+          the family has no oracle.
+        """

@@ -20,8 +20,9 @@ from elpo_jax.tools.base import State, Status, Tool
 
 EASIEST, HARDEST = 2, 10
 
-# How often the reference policy makes each kind of mistake, and what it says when it starts the step again.
-MISTAKES = {"operation": 0.3, "number": 0.3, "typo": 0.15, "malformed": 0.15, "silent": 0.1}
+# How often the reference policy makes each kind of mistake, and what it says when it starts the step again. Mostly ones
+# that the tool's answer gives away: of a wrong operation nothing tells the imitator when to repair and when to go on.
+MISTAKES = {"operation": 0.1, "number": 0.1, "typo": 0.3, "malformed": 0.3, "silent": 0.2}
 REPAIRS = {
     "operation": ("Wait, wrong step.", "No, that is wrong."),
     "number": ("Wait, wrong number.", "No, that is wrong."),
@@ -123,6 +124,10 @@ class WordMath:
                 result = yield turn
             results.append(result.text.strip())
         yield f"The answer is \\boxed{{{results[-1]}}}."
+
+    def first_irrecoverable(self, task: Task, states: Sequence[State | None]) -> None:
+        """None: what a wrong result has spoiled is in the attempt's text, not in a world."""
+        return None
 
 
 def _call(code: str) -> str:

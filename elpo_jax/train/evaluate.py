@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from math import comb
 
 import numpy as np
@@ -15,6 +16,8 @@ from elpo_jax.trees.trajectory import Trajectory
 
 # Evaluations draw from their own PRNG streams: a training step never has this number.
 EVAL_STREAM = 1_000_000_000
+
+_DOUBLES = tuple(2**i for i in range(1, 31))
 
 
 def average_at_k(success: np.ndarray) -> np.ndarray:
@@ -54,27 +57,39 @@ def bootstrap_interval(values: np.ndarray, samples: int, seed: int, level: float
 
 
 def summarise(tasks: Sequence[Task], attempts: Sequence[Sequence[Trajectory]], bootstrap: int, seed: int) -> dict:
-    """All figures of one family: `attempts[i]` are the k attempts at `tasks[i]`. Keys as in a run's eval/NAME.json."""
+    """All figures of one family: `attempts[i]` are the k attempts at `tasks[i]`. Keys as in a run's eval/NAME.json.
+
+    The same figures are given over all tasks and, under "by_difficulty", over those of each difficulty: avg@k with "ci"
+    and "n" tasks; pass@j for j = 2, 4, ... below k and for k; maj@k; mean tool calls and model tokens of an attempt.
+    "per_task" lists the share of successes task by task, for paired comparisons of two policies.
+    """
     success = np.array([[a.success for a in row] for row in attempts])
     k = success.shape[1]
 
     def figure(values: np.ndarray) -> dict:
         return {"value": float(values.mean()), "ci": list(bootstrap_interval(values, bootstrap, seed))}
 
-    def average(rows: np.ndarray) -> dict:
-        values = figure(average_at_k(success[rows]))
-        return {f"avg@{k}": values["value"], "ci": values["ci"], "n": len(rows)}
+    def figures(rows: Sequence[int]) -> dict:
+        average = figure(average_at_k(success[rows]))
+        chosen = [attempts[i] for i in rows]
+        flat = [attempt for row in chosen for attempt in row]
+        return {
+            f"avg@{k}": average["value"],
+            "ci": average["ci"],
+            "n": len(rows),
+            **{f"pass@{j}": figure(pass_at_k(success[rows], j)) for j in (*takewhile(lambda j: j < k, _DOUBLES), k)},
+            f"maj@{k}": figure(majority_at_k([[a.answer for a in row] for row in chosen], success[rows])),
+            "tool_calls": float(np.mean([sum(s.is_tool_call for s in a.steps) for a in flat])),
+            "tokens": float(np.mean([sum(len(s.turn) for s in a.steps) for a in flat])),
+        }
 
     difficulty = np.array([task.difficulty for task in tasks])
     flat = [a for row in attempts for a in row]
     statuses = collections.Counter(s.result.status.value for a in flat for s in a.steps if s.result is not None)
     return {
-        **average(np.arange(len(tasks))),
-        f"pass@{k}": figure(pass_at_k(success, k)),
-        f"maj@{k}": figure(majority_at_k([[a.answer for a in row] for row in attempts], success)),
-        "by_difficulty": {str(d): average(np.flatnonzero(difficulty == d)) for d in sorted(set(difficulty.tolist()))},
-        "tool_calls": float(np.mean([sum(s.is_tool_call for s in a.steps) for a in flat])),
-        "tokens": float(np.mean([sum(len(s.turn) for s in a.steps) for a in flat])),
+        **figures(range(len(tasks))),
+        "by_difficulty": {str(d): figures(np.flatnonzero(difficulty == d)) for d in sorted(set(difficulty.tolist()))},
+        "per_task": average_at_k(success).tolist(),
         "status": dict(statuses),
         "finish": dict(collections.Counter(a.finish.value for a in flat)),
     }
@@ -106,7 +121,8 @@ class Protocol:
                 for family, steps in self.difficulties.items()
             )
             + f"), k={self.k}, temperature {self.temperature:g}, seed {self.seed}, noise {self.noise:g}, "
-            f"turn <= {self.max_turn_tokens} tokens, context {self.context}; {self.interval}"
+            f"turn <= {self.max_turn_tokens} tokens, context {self.context}; checker: {self.checker}; "
+            f"maj@k ties: {self.majority_ties}; {self.interval}"
         )
 
 

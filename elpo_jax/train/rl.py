@@ -27,7 +27,7 @@ from elpo_jax.rollout.agent import Environment
 from elpo_jax.rollout.collect import collect
 from elpo_jax.rollout.sampler import Sampler
 from elpo_jax.tasks.stream import TaskStream
-from elpo_jax.tools.base import Status
+from elpo_jax.tools.base import InfrastructureError, Status
 from elpo_jax.train.checkpoint import Checkpoints
 from elpo_jax.train.state import TrainState
 from elpo_jax.trees.serial import tree_to_json
@@ -88,15 +88,16 @@ def train_rl(
                 seed=learner.seed,
                 step=step,
                 temperature=learner.temperature,
-                progress=lambda rollouts, step=step: progress.update(step, rollouts=1),
+                progress=progress.within,
             )
+            stop_if_truncated(trees)
             credits = [assign(tree, recipe) for tree in trees]
             collected = time.perf_counter()
             state, metrics = update(config, recipe, learner, state, trees, credits)
             row = rollout_metrics(trees, credits) | metrics
             row |= {"seconds/collect": collected - began, "seconds/update": time.perf_counter() - collected}
             done = step + 1
-            if config.dump_every and (done % config.dump_every == 0 or step == 0):
+            if config.dump_every and (done % config.dump_every == 0 or done in (1, config.steps)):
                 dump(dumps / f"step_{done:06d}.jsonl", done, recipe, trees, credits, learner.environment)
             if config.eval_every and done % config.eval_every == 0:
                 learner.sampler.load(state.params, version=done)
@@ -108,6 +109,22 @@ def train_rl(
                 log.sync()
                 checkpoints.save(done, state, meta)
     return state
+
+
+def stop_if_truncated(trees: Sequence[RolloutTree]) -> None:
+    """Raises InfrastructureError if tool failures of ours ended a tree before its budget was spent.
+
+    What is left of such a tree is biased towards attempts that call no tool, and its budget is not that of the others,
+    so the run stops there instead of training on it.
+    """
+    lost = [tree for tree in trees if tree.truncated]
+    if lost:
+        failures = sum(tree.infrastructure_failures for tree in lost)
+        raise InfrastructureError(
+            f"{failures} attempts at {len(lost)} of {len(trees)} prompts (first: {lost[0].task.id}) were lost to "
+            "failures of the tools themselves, again and again: see that the interpreter's workers can start and have "
+            "memory, then go on from the last checkpoint with --resume"
+        )
 
 
 def update(
@@ -140,7 +157,12 @@ def update(
 
 
 def update_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Averages of the updates' metrics: sums over tokens become means per model token, maxima stay maxima."""
+    """Averages of the updates' metrics: sums over tokens become means per model token, maxima stay maxima.
+
+    The tokens are those of trees with different outcomes, for the others have no gradient and are left out of the batch
+    (`drop_flat`). "first_*" are of the first update alone, whose policy is the sampler's own: a ratio away from 1, or a
+    log-probability away from the sampler's, is a bug there, while in later updates it is what was learned in between.
+    """
     tokens = max(sum(row["tokens"] for row in rows), 1.0)
     out = {}
     for name in rows[0]:
@@ -153,8 +175,9 @@ def update_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
             out[name] = values[-1]
         else:
             out[f"loss/{name}"] = sum(values) if name == "tokens" else sum(values) / tokens
-    # At the first update of a batch the policy is the sampler's: a ratio away from 1 there is a bug, not learning.
     out["loss/first_ratio_deviation_max"] = rows[0]["ratio_deviation_max"]
+    out["loss/first_mismatch_max"] = rows[0]["mismatch_max"]
+    out["loss/first_mismatch_mean"] = rows[0]["mismatch_mean"] / max(rows[0]["tokens"], 1.0)
     return out
 
 
@@ -162,7 +185,8 @@ def rollout_metrics(trees: Sequence[RolloutTree], credits: Sequence[Credit]) -> 
     """What the collected trees look like.
 
     "root_success" is the mean over prompts of their independent attempts' success: neither the continuations, which
-    start from failures, nor the prompts that were easy enough to leave budget for more roots weigh more.
+    start from failures, nor the prompts that were easy enough to leave budget for more roots weigh more. "entropy" is
+    the mean over all sampled tokens, in nats at temperature 1.
     """
     leaves = [leaf for tree in trees for leaf in tree.leaves]
     roots = collections.defaultdict(list)
@@ -181,6 +205,7 @@ def rollout_metrics(trees: Sequence[RolloutTree], credits: Sequence[Credit]) -> 
         "rollout/success": float(np.mean([leaf.trajectory.success for leaf in leaves])) if leaves else 0.0,
         "rollout/root_success": float(np.mean(everything)) if everything else 0.0,
         "rollout/model_tokens": sum(len(step.turn) for step in own),
+        "rollout/entropy": float(np.concatenate([step.turn.entropies for step in own]).mean()) if own else 0.0,
         "rollout/tool_calls": len(results),
         "rollout/infrastructure_failures": sum(tree.infrastructure_failures for tree in trees),
         "tree/searches": len(searches),
@@ -201,7 +226,8 @@ def dump(path, step: int, recipe: Recipe, trees, credits, environment: Environme
     decode = environment.chat.tokenizer.decode
     with partial.open("w", encoding="utf-8") as file:
         for tree, credit in zip(trees, credits, strict=True):
-            line = tree_to_json(tree, decode_token=lambda i: decode([i]), credit=credit)
+            family = environment.families[tree.task.family]
+            line = tree_to_json(tree, decode_token=lambda i: decode([i]), credit=credit, family=family)
             file.write(json.dumps({**line, "rl_step": step, "recipe": recipe.name}) + "\n")
     partial.replace(path)
 

@@ -1,7 +1,8 @@
 """Rollout trees as JSON: one tree is one object, for the dumps that people and the report read.
 
 A leaf stores only the steps of its own; the shared prefix is read off its parent, so identity survives the round trip.
-World states are not stored: a tree that was read can be inspected and trained on, but not continued.
+World states are not stored: a tree that was read can be inspected and trained on, but not continued. What only they
+can tell, the exact first irrecoverable steps of families with an oracle, is therefore worked out on writing.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from elpo_jax.tasks.base import Task
+from elpo_jax.tasks.base import Family, Task
 from elpo_jax.tools.base import Status, ToolCall, ToolResult
 from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory
 from elpo_jax.trees.tree import Leaf, Node, Probe, RolloutTree, SearchRecord
@@ -33,14 +34,23 @@ class TreeCredit(Protocol):
 
 
 def tree_to_json(
-    tree: RolloutTree, *, decode_token: Callable[[int], str], credit: TreeCredit | None = None
+    tree: RolloutTree,
+    *,
+    decode_token: Callable[[int], str],
+    credit: TreeCredit | None = None,
+    family: Family | None = None,
 ) -> dict[str, Any]:
     """A tree as JSON values.
+
+    A leaf's "first_failure" is the step that credit uses; whether a search named it or it was assumed, the searches
+    tell. Its "oracle" is the step that the family's oracle names: 0 if the attempt was solved, the last step if the
+    goal was in reach until the final turn, null where there is no oracle (dumps of older versions lack the key).
 
     Args:
       tree: The tree.
       decode_token: The text of one token id, for people only: ids are what is read back.
       credit: The tree's credit; without it nodes have no numbers and leaves no critical steps.
+      family: The task's family, if its oracle is to be asked; the steps then need their states.
     """
     names: dict[int, str] = {}
 
@@ -55,7 +65,7 @@ def tree_to_json(
         "format": FORMAT,
         "task": {name: getattr(tree.task, name) for name in _TASK_FIELDS} | {"meta": dict(tree.task.meta)},
         "prompt": {"ids": prompt, "text": "".join(map(token, prompt))},
-        "leaves": [_leaf_to_json(tree, index, token, credit) for index in range(len(tree.leaves))],
+        "leaves": [_leaf_to_json(tree, index, token, credit, family) for index in range(len(tree.leaves))],
         "searches": [_search_to_json(record) for record in tree.searches],
         "nodes": [_node_to_json(nodes, index, credit) for index in range(len(nodes))],
         "infrastructure_failures": tree.infrastructure_failures,
@@ -78,7 +88,7 @@ def tree_from_json(data: Mapping[str, Any]) -> RolloutTree:
 
 
 def _leaf_to_json(
-    tree: RolloutTree, index: int, token: Callable[[int], str], credit: TreeCredit | None
+    tree: RolloutTree, index: int, token: Callable[[int], str], credit: TreeCredit | None, family: Family | None
 ) -> dict[str, Any]:
     leaf = tree.leaves[index]
     own = tree.path(index)[leaf.anchor :]
@@ -90,10 +100,18 @@ def _leaf_to_json(
         **{name: getattr(leaf.trajectory, name) for name in _OUTCOME_FIELDS},
         "first_failure": 0 if credit is None else int(credit.first_failure[index]),
         "recovered": [] if credit is None else [int(step) for step in credit.recovered[index]],
+        "oracle": None if family is None else _oracle_step(tree.task, leaf.trajectory, family),
         "steps": [
             {"node": tree.nodes()[node].id} | _step_to_json(step, token) for node, step in zip(own, steps, strict=True)
         ],
     }
+
+
+def _oracle_step(task: Task, trajectory: Trajectory, family: Family) -> int | None:
+    states = [step.state for step in trajectory.steps if step.is_tool_call]
+    step = family.first_irrecoverable(task, states)
+    # Where the context had no room for the answer to the last call, that call was the final turn.
+    return None if step is None else min(step, len(trajectory.steps))
 
 
 def _step_to_json(step: Step, token: Callable[[int], str]) -> dict[str, Any]:

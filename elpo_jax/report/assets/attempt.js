@@ -121,7 +121,7 @@ function attemptFacts(leaf) {
   const facts = [
     ["origin", leaf.parent === null ? "root attempt" : `branch of leaf ${leaf.parent} after step ${leaf.anchor}`],
     ["steps", leaf.path.length],
-    ["first irrecoverable step", leaf.success ? "none, it was solved" : leaf.first_failure || "not known"],
+    ["first irrecoverable step", [locatedWords(leaf), oracleWords(leaf)].filter(Boolean).join("; ")],
     ["recovered faults", leaf.recovered.length ? `at step ${leaf.recovered.join(", ")}` : "none"],
   ];
   const searches = panel.tree.searches.filter((search) => search.leaf === panel.leaf);
@@ -142,9 +142,10 @@ function attemptFacts(leaf) {
 
 function stepBlock(node, index, leaf) {
   const critical = node.critical.includes(leaf);
+  const oracle = node.oracle.includes(leaf);
   const recovered = node.recovered.includes(leaf);
   const { status } = node;
-  const kinds = [critical && "critical", recovered && "recovered", index === panel.node && "here"];
+  const kinds = [critical && criticalClass(node), recovered && "recovered", index === panel.node && "here"];
   const block = h(
     "section",
     {
@@ -162,7 +163,8 @@ function stepBlock(node, index, leaf) {
         statusIcon(status),
         `${node.call ? `${node.call.name}: ` : ""}${statusName(status)}`,
       ),
-      critical ? h("span", { class: "tag" }, "first irrecoverable step") : null,
+      critical ? h("span", { class: "tag" }, `first irrecoverable step, ${EVIDENCE[node.evidence][0]}`) : null,
+      oracle ? h("span", { class: "oracle" }, `oracle: step ${node.step}`) : null,
       recovered ? h("span", { class: "tag" }, "recovered fault") : null,
     ),
     h(

@@ -7,7 +7,7 @@ const OUTCOMES = {
   solved: ["all attempts solved", (tree) => tree.outcome === "solved"],
   failed: ["all attempts failed", (tree) => tree.outcome === "failed"],
   mixed: ["mixed", (tree) => tree.outcome === "mixed"],
-  critical: ["has a critical step", (tree) => tree.nodes.some((node) => node.critical.length)],
+  critical: ["has a located critical step", (tree) => tree.nodes.some(isLocated)],
 };
 
 const viewer = { listed: [], at: 0, drawn: null, parts: {} };
@@ -103,7 +103,7 @@ function list(at) {
 
 function listRow(tree, i) {
   const solved = tree.leaves.filter((leaf) => leaf.success).length;
-  const critical = tree.nodes.filter((node) => node.critical.length).length;
+  const critical = tree.nodes.filter(isLocated).length;
   const row = h(
     "li",
     { id: `row-${i}`, role: "option", "aria-selected": "false" },
@@ -120,7 +120,7 @@ function listRow(tree, i) {
       tree.leaves.map((leaf) => h("i", { class: leaf.success ? "solved" : "failed" })),
     ),
     h("span", { class: "share" }, `${solved}/${tree.leaves.length} solved`),
-    h("span", { class: "marks" }, critical ? plural(critical, "critical step") : ""),
+    h("span", { class: "marks" }, critical ? `${critical} located` : ""),
   );
   row.addEventListener("click", () => show(i));
   return row;
@@ -148,8 +148,8 @@ function show(at) {
     h("p", { class: "muted" }, treeFacts(tree).join(", ")),
   );
   viewer.drawn = drawTree(parts.tree, tree, pick);
-  const critical = tree.nodes.findIndex((node) => node.critical.length);
-  choose(critical >= 0 ? critical : (tree.leaves[0].path[0] ?? -1), null);
+  const [located, marked] = [isLocated, (node) => node.evidence].map((kind) => tree.nodes.findIndex(kind));
+  choose([located, marked].find((i) => i >= 0) ?? tree.leaves[0].path[0] ?? -1, null);
 }
 
 function treeFacts(tree) {
@@ -198,6 +198,7 @@ function turnKeys(event) {
 
 drawHeader(data);
 drawResults(data);
+drawLocalization(data);
 drawCurves(data);
 drawDifficulty(data);
 startViewer();

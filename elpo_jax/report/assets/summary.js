@@ -75,6 +75,36 @@ function drawResults(data) {
     );
 }
 
+// How the marked first irrecoverable steps compare with those of the oracle.
+function drawLocalization(data) {
+  if (!data.localization) return;
+  const { about, rows } = data.localization;
+  const head = ["", "how the step is known", "steps", "agree with the oracle", "early", "late"];
+  const table = h(
+    "table",
+    { class: "localization" },
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        head.map((name, i) => h("th", { scope: "col", class: i > 1 ? "num" : null }, name)),
+      ),
+    ),
+    h(
+      "tbody",
+      {},
+      rows.map((row) => {
+        const shares = [row.agree, row.early, row.late].map((count) => `${percent(count / row.steps)} %`);
+        const cells = [whole(row.steps), ...shares].map((text) => h("td", { class: "num" }, text));
+        return h("tr", {}, algorithmCell(row.stage), h("td", {}, EVIDENCE[row.evidence][0]), cells);
+      }),
+    ),
+  );
+  byId("results").append(...captioned("Localization in training", about, table));
+}
+
 // The caption stays in view while a wide table is scrolled.
 function captioned(title, text, table) {
   table.setAttribute("aria-label", title);

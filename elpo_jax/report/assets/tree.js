@@ -1,6 +1,6 @@
 // The picture of one rollout tree: steps are columns, leaves are rows, nodes are buttons over an SVG of their links.
 
-const CARD = { height: 38, pitch: 51, gap: 40, least: 86, most: 150 };
+const CARD = { height: 38, pitch: 51, gap: 40, least: 100, most: 150 };
 const PROMPT_WIDTH = 50;
 const LEAF_WIDTH = 94;
 const HEAD_HEIGHT = 26;
@@ -17,6 +17,7 @@ const STATUS_NAMES = {
   unknown_tool: "unknown tool",
   infrastructure: "infrastructure",
   answer: "answer, no tool",
+  no_calls: "called with no calls left",
   cut: "cut at the length limit",
 };
 // 12 x 12 outlines; statuses differ in shape, not only in colour.
@@ -31,6 +32,7 @@ const STATUS_PATHS = {
   unknown_tool: "M4 4.2C4 1.2 8.4 1.4 8 4.2 7.8 5.6 6 5.6 6 7.4M6 9.6v.8",
   infrastructure: "M6 1.5 11 10.3H1zM6 5v2.6M6 8.8v.4",
   answer: "M2 2.5h8v5.5H6L3.5 10V8H2z",
+  no_calls: "M6 1.6a4.4 4.4 0 1 0 .01 0M3.6 6h4.8",
   cut: "M2 3h8M2 6h8M2 9h3M7 7.5l3 3M10 7.5l-3 3",
 };
 
@@ -45,8 +47,30 @@ function statusIcon(status) {
   );
 }
 
-const nodeName = (node) => node.call?.name ?? { answer: "answer", cut: "cut" }[node.status] ?? statusName(node.status);
+const FINAL_NAMES = { answer: "answer", no_calls: "no calls left", cut: "cut" };
+const nodeName = (node) => node.call?.name ?? FINAL_NAMES[node.status] ?? statusName(node.status);
 const leafList = (leaves) => `${leaves.length === 1 ? "leaf" : "leaves"} ${leaves.join(", ")}`;
+
+// How it is known that a step is the first irrecoverable one, and what its node is tagged with.
+const EVIDENCE = {
+  verified: ["located, verified", "critical"],
+  unverified: ["located, unverified", "unverified"],
+  assumed: ["assumed from the tree", "assumed"],
+};
+const isLocated = (node) => node.evidence === "verified" || node.evidence === "unverified";
+const criticalClass = (node) => (isLocated(node) ? `critical ${node.evidence}` : (node.evidence ?? ""));
+
+// Where an attempt was lost: by its tree, and by the oracle (null for a solved one, and where there is no oracle).
+function locatedWords(leaf) {
+  if (leaf.first_failure) return `step ${leaf.first_failure}, ${EVIDENCE[leaf.evidence][0]}`;
+  return leaf.success ? "none, it was solved" : "not known";
+}
+
+function oracleWords(leaf) {
+  if (!leaf.oracle) return null;
+  const same = leaf.first_failure === leaf.oracle ? ", the same" : ", another one";
+  return `oracle: step ${leaf.oracle}${leaf.first_failure ? same : ""}`;
+}
 
 function tint(element, value, end) {
   const share = clamp(Math.abs(value) / end, 0, 1);
@@ -149,7 +173,8 @@ function promptButton(tree, choose) {
 function nodeButton(tree, i, choose) {
   const node = tree.nodes[i];
   const marks = [
-    node.critical.length && `first irrecoverable step of ${leafList(node.critical)}`,
+    node.critical.length && `first irrecoverable step of ${leafList(node.critical)}: ${EVIDENCE[node.evidence][0]}`,
+    node.oracle.length && `oracle: step ${node.step} is the first irrecoverable one of ${leafList(node.oracle)}`,
     node.recovered.length && `fault that ${leafList(node.recovered)} recovered from`,
   ].filter(Boolean);
   const words = [
@@ -163,16 +188,21 @@ function nodeButton(tree, i, choose) {
   const button = h(
     "button",
     {
-      class: `node${node.critical.length ? " critical" : ""}${node.recovered.length ? " recovered" : ""}`,
+      class: `node ${criticalClass(node)}${node.recovered.length ? " recovered" : ""}`,
       type: "button",
       tabindex: -1,
       "data-node": i,
       "aria-label": words.join(", "),
     },
     h("span", { class: "top" }, statusIcon(node.status), h("span", { class: "name" }, nodeName(node))),
-    h("span", { class: "number" }, signed(node.advantage, 3)),
+    h(
+      "span",
+      { class: "number" },
+      signed(node.advantage, 3),
+      node.oracle.length ? h("span", { class: "oracle" }, "oracle") : null,
+    ),
   );
-  if (node.critical.length) button.append(h("span", { class: "tag" }, "critical"));
+  if (node.evidence) button.append(h("span", { class: "tag" }, EVIDENCE[node.evidence][1]));
   else if (node.recovered.length) button.append(h("span", { class: "tag" }, "recovered"));
   tint(button, node.advantage, ADVANTAGE_END);
   tipFor(button, () => [
@@ -204,6 +234,7 @@ function leafButton(leaf, i, last, choose) {
     h("div", { class: "head" }, `Leaf ${i}: ${word}, reward ${fixed(leaf.reward, 3)}`),
     origin,
     `${leaf.reason || "no reason given"}; ended by ${leaf.finish}`,
+    `first irrecoverable step: ${[locatedWords(leaf), oracleWords(leaf)].filter(Boolean).join("; ")}`,
   ]);
   button.addEventListener("click", () => choose(last, i));
   return button;
@@ -295,7 +326,15 @@ function treeLegend() {
         h("i", { class: "ramp" }),
         h("span", {}, `\u2265 +${ADVANTAGE_END}`),
       ),
-      h("li", {}, h("i", { class: "swatch critical" }), "critical: first irrecoverable step of a failed attempt"),
+      h("li", {}, h("i", { class: "swatch critical verified" }), "critical: first irrecoverable, located, verified"),
+      h(
+        "li",
+        {},
+        h("i", { class: "swatch critical unverified" }),
+        "located, unverified: a search named it without probing both sides",
+      ),
+      h("li", {}, h("i", { class: "swatch assumed" }), "assumed from the tree: no search named it, credit takes it"),
+      h("li", {}, h("span", { class: "oracle" }, "oracle"), "the exact first irrecoverable step, where it is known"),
       h("li", {}, h("i", { class: "swatch recovered" }), "recovered: a fault that a later step repaired"),
       h(
         "li",

@@ -1,0 +1,62 @@
+"""The policy-gradient loop's figures: what a row of its log says of trees and updates."""
+
+import numpy as np
+import pytest
+from factories import make_tree
+
+from elpo_jax.policy.credit import assign
+from elpo_jax.policy.recipes import elpo
+from elpo_jax.tools.base import InfrastructureError, Status
+from elpo_jax.train.rl import rollout_metrics, stop_if_truncated, update_metrics
+from elpo_jax.trees.tree import Probe, SearchRecord
+
+
+def test_update_metrics_are_means_per_token_and_maxima_and_tell_the_first_update_apart():
+    first = {
+        "tokens": 10.0, "clip_low": 2.0, "entropy": 5.0, "ratio_deviation_max": 1e-6, "mismatch_max": 1e-5,
+        "mismatch_mean": 2e-5, "loss": 1.0, "grad_norm": 3.0, "lr": 0.1, "skipped": 0.0,
+    }  # fmt: skip
+    second = first | {
+        "tokens": 30.0, "clip_low": 0.0, "entropy": 3.0, "ratio_deviation_max": 0.5, "mismatch_max": 0.4,
+        "mismatch_mean": 6.0, "loss": 0.0, "skipped": 1.0,
+    }  # fmt: skip
+    row = update_metrics([first, second])
+    assert row["loss/tokens"] == 40 and row["loss/clip_low"] == 2 / 40 and row["loss/entropy"] == 8 / 40
+    assert row["loss/ratio_deviation_max"] == 0.5 and row["loss/mismatch_max"] == 0.4
+    assert row["loss/mismatch_mean"] == pytest.approx(6.00002 / 40)
+    assert row["loss/first_ratio_deviation_max"] == 1e-6 and row["loss/first_mismatch_max"] == 1e-5
+    assert row["loss/first_mismatch_mean"] == pytest.approx(2e-6), "per token of the first update"
+    assert row["loss"] == 0.5 and row["grad_norm"] == 3.0 and row["skipped"] == 1.0
+
+
+def test_rollout_metrics_count_each_sampled_token_once_and_average_roots_per_prompt():
+    mixed = make_tree(
+        [
+            (None, 0, [Status.OK, Status.ERROR], False),  # searched
+            (None, 0, [Status.OK], True),
+            (0, 1, [Status.OK, Status.OK], True),  # samples one call and one answer of its own
+            (0, 1, [Status.OK, Status.MALFORMED], False),
+        ],
+        searches=(SearchRecord(0, "binary", 2, True, (Probe(1, (2, 3), 2),)),),
+    )
+    flat = make_tree([(None, 0, 0, False), (None, 0, 0, False)], infrastructure_failures=3)
+    credits = [assign(tree, elpo()) for tree in (mixed, flat)]
+    row = rollout_metrics([mixed, flat], credits)
+    turns = 3 + 2 + 2 + 2 + 1 + 1  # own turns of each leaf; two tokens each, by the factory
+    assert row["rollout/rollouts"] == 6 and row["rollout/model_tokens"] == 2 * turns
+    assert row["rollout/tool_calls"] == 2 + 1 + 1 + 1 and row["rollout/infrastructure_failures"] == 3
+    assert row["rollout/success"] == 2 / 6
+    assert row["rollout/root_success"] == pytest.approx((1 / 2 + 0) / 2), "continuations are no sample of the policy"
+    assert row["rollout/entropy"] == pytest.approx(0.5)
+    assert row["tree/searches"] == 1 and row["tree/verified"] == 1.0 and row["tree/mixed"] == 0.5
+    # first_wrong: leaf 0 fails from its second step on, leaf 3 likewise, both leaves of the other tree at once.
+    assert row["tree/first_failure_mean"] == pytest.approx(np.mean([2, 2, 1, 1]))
+    assert row["status/ok"] == 3 / 5 and row["status/error"] == 1 / 5 and row["status/malformed"] == 1 / 5
+
+
+def test_a_tree_that_our_failures_ended_stops_the_run_with_a_remedy():
+    whole = make_tree([(None, 0, 1, False)], infrastructure_failures=2)
+    stop_if_truncated([whole])
+    cut = make_tree([(None, 0, 1, False)], infrastructure_failures=9, truncated=True)
+    with pytest.raises(InfrastructureError, match=r"9 attempts at 1 of 2 prompts .*--resume"):
+        stop_if_truncated([whole, cut])
