@@ -65,6 +65,37 @@ def test_sides_take_turns_and_report_medians(monkeypatch):
     assert line["sides"] == ["a", "b"] and line["runs"] == 3
 
 
+def test_the_fork_side_of_the_branch_bench_prefills_nothing(monkeypatch):
+    """Only so is its rate that of forking; the other side computes every prefix again, in every run."""
+    prefilled, forked = [], []
+    prefill, fork = bench.Sampler._run_prefill, bench.Sampler._fork_rows
+
+    def counting_prefill(self, group, rows, tokens):
+        prefilled.append(sum(len(ids) for _, _, ids in group))
+        return prefill(self, group, rows, tokens)
+
+    def counting_fork(self, pairs):
+        forked.append(len(pairs))
+        return fork(self, pairs)
+
+    def count(settings, name, case, *sides):
+        counts = []
+        for side in sides * 2:
+            side.prepare()
+            prefilled.clear()
+            forked.clear()
+            assert side.work() == 4 * 16
+            counts.append((side.name, sum(prefilled), sum(forked)))
+        return counts
+
+    monkeypatch.setattr(bench.Sampler, "_run_prefill", counting_prefill)
+    monkeypatch.setattr(bench.Sampler, "_fork_rows", counting_fork)
+    monkeypatch.setattr(bench, "compare", count)
+    (counts,) = bench.bench_branch(bench.Settings(quick=True, seed=0, runs=3))
+    # Four branches after 64 tokens; the slot that holds the prefix is one of the four, and the last token is decoded.
+    assert counts == [("fork", 0, 3), ("prefill each", 4 * 63, 0)] * 2
+
+
 def test_attempts_of_the_rollout_bench_are_played_to_the_end():
     """Every turn of every attempt is sampled, whatever the number of slots, and the amount of work is the same."""
     settings = bench.Settings(quick=True, seed=0, runs=3)

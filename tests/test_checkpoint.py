@@ -212,7 +212,7 @@ def test_a_missing_checkpoint_and_a_foreign_network_are_errors(two, mesh, tmp_pa
         ({"d_ff": 48}, r"layers_0/mlp/down is float32\[24, 16\] there and float32\[48, 16\] in this config"),
         ({"layers": 2}, r"layers_1/attn/k is absent there"),
         ({"tied": False}, r"head is absent there"),
-        ({"param_dtype": "bfloat16"}, r"params/embed is float32\[32, 16\] there and bfloat16"),
+        ({"param_dtype": "bfloat16"}, r"embed is float32\[32, 16\] there and bfloat16"),
     ):
         other = dataclasses.replace(CONFIG, **change)
         with pytest.raises(CheckpointError, match=f"another network or optimizer: .*{named}"):

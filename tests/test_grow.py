@@ -30,13 +30,13 @@ def configs(draw):
         beta=draw(st.sampled_from([0.0, 1.0, 5.0, 1e9])),
         localizer=localizer,
         entropy_window=draw(st.sampled_from([None, 1, 20])),
-        max_infrastructure=draw(st.integers(0, 6)),
+        infrastructure_retries=draw(st.integers(0, 3)),
     )
 
 
 def random_world(seed: int, success: float, lost: float):
     """Outcomes that depend on the rollout and on how often it was tried, but not on when."""
-    tries: dict[int, int] = {}
+    tries: dict[int, int] = {}  # by index
 
     def attempt(rollout, parent):
         tries[rollout.index] = tries.get(rollout.index, 0) + 1
@@ -55,7 +55,7 @@ def random_world(seed: int, success: float, lost: float):
             seed=rollout.index,
         )
 
-    return attempt
+    return attempt, tries
 
 
 worlds = {
@@ -68,12 +68,18 @@ worlds = {
 @settings(max_examples=200, deadline=None)
 @given(config=configs(), order=st.integers(0, 10**6), **worlds)
 def test_the_budget_is_exact_whatever_happens_and_arrival_does_not_matter(config, order, seed, success, lost):
-    tree = grow(Growth(make_task(), config, seed), random_world(seed, success, lost), np.random.default_rng(order))
-    again = grow(Growth(make_task(), config, seed), random_world(seed, success, lost))
+    attempt, tries = random_world(seed, success, lost)
+    tree = grow(Growth(make_task(), config, seed), attempt, np.random.default_rng(order))
+    again = grow(Growth(make_task(), config, seed), random_world(seed, success, lost)[0])
     assert json.dumps(tree_to_json(tree, decode_token=str)) == json.dumps(tree_to_json(again, decode_token=str))
     assert len(tree.leaves) <= config.budget
     assert tree.truncated == (len(tree.leaves) < config.budget)
-    assert tree.truncated == (tree.infrastructure_failures > config.max_infrastructure)
+    # Every lost rollout had all its retries before the tree was given up, and nothing else gave it up.
+    assert tree.infrastructure_failures == sum(tries.values()) - len(tree.leaves)
+    assert max(tries.values()) <= 1 + config.infrastructure_retries
+    lost_for_good = len(tries) - len(tree.leaves)
+    assert tree.truncated == (lost_for_good > 0)
+    assert sum(n == 1 + config.infrastructure_retries for n in tries.values()) >= lost_for_good
     probed = [leaf for search in tree.searches for probe in search.probes for leaf in probe.leaves]
     assert sorted(probed) == [i for i, leaf in enumerate(tree.leaves) if leaf.parent is not None]
     for search in tree.searches:
@@ -250,7 +256,7 @@ def waves_of(config, attempt):
 
 
 def test_a_lost_rollout_is_sampled_again_outside_the_budget():
-    config = SearchConfig(budget=4, localizer="none", max_infrastructure=2)
+    config = SearchConfig(budget=4, localizer="none", infrastructure_retries=1)
     growth = Growth(make_task(), config)
     assert [r.index for r in growth.propose()] == [0, 1, 2, 3]
     for index in (3, 1):
@@ -265,8 +271,37 @@ def test_a_lost_rollout_is_sampled_again_outside_the_budget():
     assert (len(tree.leaves), tree.infrastructure_failures, tree.truncated) == (4, 2, False)
 
 
-def test_too_many_lost_rollouts_end_the_tree_with_what_it_has():
-    config = SearchConfig(budget=9, x_min=3, x_max=3, max_infrastructure=1)
+@pytest.mark.parametrize("lost", [1, 9, 16])
+def test_a_wave_of_losses_is_retried_however_many_they_are(lost):
+    """GRPO samples its whole budget at once: a hiccup that hits most of the wave must not end the tree."""
+    seen = set()
+
+    def attempt(rollout, parent):
+        if rollout.index < lost and rollout.index not in seen:
+            seen.add(rollout.index)
+            return None
+        return make_trajectory(1, seed=rollout.index)
+
+    tree = grow(Growth(make_task(), SearchConfig(localizer="none")), attempt)
+    assert (len(tree.leaves), tree.infrastructure_failures, tree.truncated) == (16, lost, False)
+
+
+def test_every_wave_has_its_own_retries():
+    seen = {}
+
+    def attempt(rollout, parent):
+        seen[rollout.index] = seen.get(rollout.index, 0) + 1
+        if seen[rollout.index] == 1:
+            return None
+        return make_trajectory(2, parent=parent, anchor=rollout.anchor, seed=rollout.index)
+
+    tree = grow(Growth(make_task(), SearchConfig(infrastructure_retries=1)), attempt)
+    assert (len(tree.leaves), tree.infrastructure_failures, tree.truncated) == (16, 16, False)
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_a_rollout_that_stays_lost_ends_the_tree_with_what_it_has(retries):
+    config = SearchConfig(budget=9, x_min=3, x_max=3, infrastructure_retries=retries)
 
     def attempt(rollout, parent):
         if rollout.index in (3, 4):
@@ -274,7 +309,7 @@ def test_too_many_lost_rollouts_end_the_tree_with_what_it_has():
         return make_trajectory(2, parent=parent, anchor=rollout.anchor, seed=rollout.index)
 
     tree = grow(Growth(make_task(), config), attempt)
-    assert (len(tree.leaves), tree.infrastructure_failures, tree.truncated) == (4, 2, True)
+    assert (len(tree.leaves), tree.infrastructure_failures, tree.truncated) == (4, 2 * (1 + retries), True)
     assert tree.leaves[3].trajectory.steps[-1].turn.ids.tolist() == make_step(None, seed=502).turn.ids.tolist()
     assert tree.searches == (SearchRecord(0, "binary", 1, False, (Probe(1, (3,), 3),)),)
 
@@ -319,7 +354,7 @@ def test_misuse_is_named():
         ({"beta": math.nan}, "beta is nan"),
         ({"beta": -1.0}, "beta is -1.0"),
         ({"entropy_window": 0}, "entropy_window is 0; use None"),
-        ({"max_infrastructure": -1}, "max_infrastructure is -1"),
+        ({"infrastructure_retries": -1}, "infrastructure_retries is -1"),
         ({"budget": 3}, "nothing would be left to search; use a smaller buffer"),
     ],
 )

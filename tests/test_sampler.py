@@ -432,6 +432,9 @@ def test_inverse_cdf_is_exact_and_never_returns_an_impossible_id(vocab):
         (Request((text(0, 60),), (0, 0, 0, 0), 5), r"60 tokens and a turn of up to 5 .*sampler.context=64: raise"),
         (Request((text(0, 64),), (0, 0, 0, 0), 1), r"64 \+ 1 = 65 tokens"),
         (Request((text(0, 4),), (0, 0, 0, 0), 0), "max_tokens=0"),
+        # Without room for a token the prefix is what is too long, whatever the caller made of the room.
+        (Request((text(0, 70),), (0, 0, 0, 0), -6), r"70 \+ 1 = 71 tokens, more than sampler.context=64: raise"),
+        (Request((text(0, 64),), (0, 0, 0, 0), 0), r"64 \+ 1 = 65 tokens, more than sampler.context=64: raise"),
         (Request((), (0, 0, 0, 0), 1), "at least one token"),
         (Request((Segment(Author.ENVIRONMENT, np.array([67], np.int32)),), (0, 0, 0, 0), 1), r"outside 0\.\.66"),
         (Request((text(0, 4),), (0, 0, -1, 0), 1), "four integers"),
@@ -557,6 +560,23 @@ def test_nothing_is_compiled_after_the_warm_up(caplog):
 # Bookkeeping.
 
 
+def test_occupancy_is_the_share_of_slot_steps_that_sampled_a_token(sampler):
+    """Four slots, three steps per visit."""
+    assert sampler.occupancy == 0.0
+    sampler.visit(1.0)  # nothing to do, nothing decoded
+    assert sampler.occupancy == 0.0
+    finish(sampler, *(Request((text(i, 5),), (0, 0, i, 1), 6) for i in range(4)))
+    assert sampler.occupancy == 1.0
+    for ticket in list(sampler._held):
+        sampler.release(ticket)
+    finish(sampler, Request((text(5, 5),), (0, 0, 5, 1), 4))  # two visits of 12 slot-steps for 4 tokens
+    assert sampler.occupancy == (24 + 4) / (24 + 24)
+    sampler.load(PARAMS, version=1)
+    assert sampler.occupancy == 0.0
+    sampler.generate(PARAMS, [Request((text(0, 5),), (0, 0, 0, 1), 3), Request((text(1, 5),), (0, 0, 1, 1), 1)], 1.0)
+    assert sampler.occupancy == 4 / 12
+
+
 def test_waves_order_forks_behind_the_prefills_they_read():
     table, prompt = SlotTable(4, shards=2), text(0, 8)
     table.load(1)
@@ -573,6 +593,22 @@ def test_waves_order_forks_behind_the_prefills_they_read():
     placed = table.place(longer, 15, None)
     assert placed.slot not in {p.slot for p in roots} and placed.source == roots[0].slot
     assert (placed.reuse, placed.wave) == (11, 0)
+
+
+def test_after_a_load_slots_are_given_out_as_in_a_fresh_process():
+    """A resumed run repeats every bit only if its rows lie where those of the undisturbed run lie."""
+    used, fresh = SlotTable(4, shards=2), SlotTable(4, shards=2)
+    used.load(1)
+    for i in (0, 1, 2):
+        placed = used.place(Request((text(i, 5),), (0, i, 0, 1), 1), 5, None)
+        used.settle()
+        used.hold(placed.slot, text(9, 2))
+        used.release(placed.slot)
+    used.load(2)
+    fresh.load(2)
+    requests = [Request((text(i, 5),), (1, i, 0, 1), 1) for i in range(4)]
+    placed = [[table.place(request, 5, None) for request in requests] for table in (used, fresh)]
+    assert placed[0] == placed[1]
 
 
 @given(missing=st.integers(0, 2000), buckets=st.lists(st.integers(1, 300), min_size=1, max_size=4, unique=True))

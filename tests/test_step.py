@@ -1,5 +1,7 @@
 """The train step: sums over micro-batches, AdamW against NumPy, schedules, and steps that are refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,18 +185,35 @@ def test_the_state_is_donated_and_scalars_compile_nothing_new(mesh):
     assert state.params["embed"].is_deleted() and not again.params["embed"].is_deleted()
 
 
-def test_moments_are_float32_for_bfloat16_parameters(mesh):
-    optimizer = make_optimizer(OptimizerConfig(lr=0.1), 10)
-    state = toy_state(optimizer)
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
-    state = state.replace(params=half, opt_state=optimizer.init(half))
-    step = make_train_step(toy_loss, optimizer, mesh)
-    before = np.asarray(half["embed"], np.float32)
-    for _ in range(2):
-        state, _ = step(state, toy_batch(), ONE)
-    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
-    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state.opt_state))
-    assert np.abs(np.asarray(state.params["embed"], np.float32) - before).min() > 0.1
+def test_bfloat16_parameters_are_refused(mesh):
+    """They are the only copy: an update of 1/512 of a value would leave it as it is, step after step."""
+    assert jnp.bfloat16(1) + jnp.bfloat16(1 / 512) == jnp.bfloat16(1)
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    half = dataclasses.replace(CONFIG, param_dtype="bfloat16")
+    state = init_state(half, optimizer, jax.random.key(0), mesh)
+    named = "model.param_dtype=bfloat16 cannot be trained.*param_dtype=float32, and model.dtype=bfloat16 to compute"
+    with pytest.raises(ValueError, match=named):
+        make_train_step(language_loss, optimizer, mesh)(state, split(language_batch(), 2), ONE)
+    assert not state.params["embed"].is_deleted()
+
+
+def test_computing_in_bfloat16_trains_float32_parameters_by_less_than_its_rounding(mesh):
+    half = dataclasses.replace(CONFIG, dtype="bfloat16")
+
+    def loss(params, batch, scalars):
+        hidden, _ = apply(half, params, batch["tokens"], batch["positions"])
+        logp, _ = token_logprobs(half, params, hidden, batch["tokens"], 1.0)
+        return -jnp.sum(batch["weight"] * logp), {}
+
+    optimizer = make_optimizer(OptimizerConfig(lr=1e-5, weight_decay=0.0), 10)
+    state = init_state(half, optimizer, jax.random.key(0), mesh)
+    before = jax.tree.map(np.asarray, state.params)
+    state, metrics = make_train_step(loss, optimizer, mesh)(state, split(language_batch(), 2), ONE)
+    floats = [x for x in jax.tree.leaves((state.params, state.opt_state)) if x.dtype != jnp.int32]
+    assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)} and metrics["grad_norm"].dtype == jnp.float32
+    norms = before["final_norm"], np.asarray(state.params["final_norm"])
+    assert (norms[0] != norms[1]).all()
+    assert np.array_equal(*(x.astype(jnp.bfloat16) for x in norms))  # bfloat16 ones would not have moved
 
 
 def test_schedules():

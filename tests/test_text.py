@@ -17,6 +17,7 @@ from elpo_jax.text.tokenizer import CONTROL, ByteTokenizer, SentencePieceTokeniz
 from elpo_jax.tools.base import Status, ToolCall, ToolResult
 from elpo_jax.tools.calculator import Calculator
 from elpo_jax.tools.interpreter import CodeInterpreter
+from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory
 
 TOOLS = (Calculator, CodeInterpreter)  # only their names and schemas are read
 PAD, START, END, CALL, CALL_END, RESPONSE, RESPONSE_END = range(256, 263)  # in the byte tokenizer
@@ -225,29 +226,59 @@ def test_a_conversation_as_bytes():
     assert whole.tolist() == prompt + turn + response + [*b"\\boxed{6}", END]
 
 
-def test_incremental_rendering_equals_the_whole_conversation(tokenizer):
-    """10,000 conversations of any unicode and any sampled ids; results and user text never become control tokens."""
+def continued(rng, chat, prompt, steps):
+    """Steps, and then some of any sampled ids and any tool text; the attempt, and the id arrays that were added."""
+    added = []
+    for _ in range(rng.randrange(4)):
+        turn = np.array([*rng.choices(range(chat.tokenizer.vocab_size), k=rng.randrange(8)), *chat.stop_ids], np.int32)
+        result = ToolResult(Status.OK, random_text(rng))
+        response = chat.response(result)
+        added += [turn, response]
+        turn, response = Segment(Author.MODEL, turn.copy()), Segment(Author.ENVIRONMENT, response.copy())
+        steps = (*steps, Step(turn, result=result, response=response))
+    final = np.array(rng.choices(range(chat.tokenizer.vocab_size), k=rng.randrange(8)), np.int32)  # cut: no end of turn
+    steps = (*steps, Step(Segment(Author.MODEL, final.copy())))
+    return Trajectory(prompt, steps, Finish.LENGTH, False, 0.0), [*added, final]
+
+
+def test_incremental_rendering_equals_the_whole_conversation_and_a_branch_shares_its_prefix(tokenizer):
+    """10,000 conversations of any unicode and any sampled ids; results and user text never become control tokens.
+
+    Each is kept as a trajectory and branched at random: prefix and suffix are the very ids that were sampled or sent.
+    """
     rng = random.Random(1)
+    anchors = set()
     control = np.array(sorted(tokenizer.control.values()))
     for listing, conversations in (("names", 9_000), ("schema", 1_000)):
         chat = ChatFormat(tokenizer, tool_listing=listing)
         structure = np.isin(chat.prompt("", TOOLS), control).sum()
         for _ in range(conversations):
             user = random_text(rng)
-            pieces = [chat.prompt(user, TOOLS)]
-            messages = [Message("user", user)]
-            assert np.isin(pieces[0], control).sum() == structure
-            for _ in range(rng.randrange(4)):
-                turn = np.array(rng.choices(range(tokenizer.vocab_size), k=rng.randrange(8)), np.int32)
-                turn = np.append(turn, np.int32(chat.stop_ids[0]))
-                text = random_text(rng)
-                response = chat.response(ToolResult(Status.OK, text))
-                assert np.isin(response, control).sum() == 5
-                pieces += [turn, response]
-                messages += [Message("assistant", turn), Message("tool", text)]
-            assert np.array_equal(np.concatenate(pieces), chat.render(messages, TOOLS))
-            cut = rng.randrange(len(messages))  # the same up to any message: nothing later changes what was written
-            assert np.array_equal(np.concatenate(pieces[: cut + 1]), chat.render(messages[: cut + 1], TOOLS))
+            opening = chat.prompt(user, TOOLS)
+            assert np.isin(opening, control).sum() == structure
+            prompt = Segment(Author.ENVIRONMENT, opening.copy())
+            attempt, added = continued(rng, chat, prompt, ())
+            pieces = [opening, *added]
+            m = rng.randrange(attempt.num_tool_steps + 1)
+            branch, suffix = continued(rng, chat, prompt, attempt.steps[:m])
+            prefix = attempt.prefix(m)
+            anchors.add((m, attempt.num_tool_steps))
+            for trajectory, written in ((attempt, pieces), (branch, [*pieces[: 1 + 2 * m], *suffix])):
+                ids = np.concatenate(written)
+                assert np.array_equal(trajectory.ids(), ids)
+                assert np.array_equal(trajectory.ids()[trajectory.step_ids() > 0], np.concatenate(written[1::2]))
+                assert all(a is b for a, b in zip(prefix, trajectory.segments(), strict=False))
+                parts = [prefix, trajectory.segments()[len(prefix) :]]
+                assert np.array_equal(np.concatenate([s.ids for part in parts for s in part]), ids)
+                messages = [Message("user", user)]
+                for step in trajectory.steps[:-1]:
+                    assert np.isin(step.response.ids, control).sum() == 5
+                    messages += [Message("assistant", step.turn.ids), Message("tool", step.result.text)]
+                messages.append(Message("assistant", trajectory.steps[-1].turn.ids))
+                assert np.array_equal(chat.render(messages, TOOLS), ids)
+                cut = rng.randrange(len(messages))  # the same up to any message: nothing later changes what was written
+                assert np.array_equal(chat.render(messages[: cut + 1], TOOLS), np.concatenate(written[: cut + 1]))
+    assert len(anchors) == 10  # branches at every step of attempts of every length
 
 
 def test_the_schema_listing_shows_real_tags_and_cannot_be_injected(tokenizer):

@@ -23,7 +23,7 @@ class ModelConfig:
       qkv_bias: Biases on the query, key and value projections (Qwen2, Qwen2.5).
       tied: The embedding is also the output head.
       dtype: Compute dtype of the blocks; norms, softmax and logits are always float32.
-      param_dtype: Dtype in which parameters are created and kept.
+      param_dtype: Dtype in which parameters are created and kept; bfloat16 is for inference, training refuses it.
       remat: Recompute each block in the backward pass instead of keeping its activations.
 
     Raises:

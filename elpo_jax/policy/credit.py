@@ -103,7 +103,8 @@ def first_failures(tree: RolloutTree, critical: Critical) -> np.ndarray:
     `searched`: a search names a step of the attempt that it searched, and so a node of the tree. Every failed leaf
     through that node shares its critical step: a continuation from an anchor at or after the critical step has the step
     in its prefix, and fails because of it. A failed continuation from an earlier anchor went its own way; nothing is
-    known about it. `verified`: likewise, from verified searches only.
+    known about it. A step through which some leaf succeeded is not irrecoverable, whatever names it (`random` draws it
+    before it is probed). `verified`: likewise, from verified searches only.
     """
     out = np.zeros(len(tree.leaves), np.int32)
     if critical == "first_wrong":
@@ -115,8 +116,10 @@ def first_failures(tree: RolloutTree, critical: Critical) -> np.ndarray:
         if record.first_failure == 0 or (critical == "verified" and not record.verified):
             continue
         node = tree.nodes()[tree.path(record.leaf)[record.first_failure - 1]]
+        if not _all_failed(tree, node):
+            continue
         for leaf in node.leaves:
-            if not tree.leaves[leaf].trajectory.success and (out[leaf] == 0 or node.step < out[leaf]):
+            if out[leaf] == 0 or node.step < out[leaf]:
                 out[leaf] = node.step
     return out
 

@@ -100,6 +100,11 @@ class Recipe:
             raise ValueError(f"ddof is {self.ddof}; use 0 (population std) or 1 (sample std)")
         if self.critical != "first_wrong" and self.search.localizer == "none":
             raise ValueError(f"critical={self.critical!r} needs searches, but search.localizer is 'none'")
+        if self.critical != "searched" and self.search.localizer == "feedback":
+            raise ValueError(
+                f"search.localizer='feedback' samples nothing and only names steps, which critical={self.critical!r} "
+                "does not read: choose critical='searched' (with --set, before the localizer), or localizer='none'"
+            )
         for field, number in self.scalars().items():
             if not (math.isfinite(number) and number >= 0):
                 raise ValueError(f"{field} is {number}; it must be a finite number of at least 0")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from elpo_jax.rollout.agent import Environment, Start, play
 from elpo_jax.rollout.sampler import Sampler
 from elpo_jax.tasks.base import Task
+from elpo_jax.tools.base import InfrastructureError
 from elpo_jax.trees.grow import Growth, SearchConfig
 from elpo_jax.trees.trajectory import Segment, Trajectory
 from elpo_jax.trees.tree import RolloutTree
@@ -84,7 +85,7 @@ def sample(
     """`k` independent attempts at each task, in order (evaluation). Attempts lost to our machinery are played again.
 
     Raises:
-      RuntimeError: If the tools keep failing; an accuracy over what is left would be biased.
+      InfrastructureError: If the tools keep failing; an accuracy over what is left would be biased.
     """
     search = SearchConfig(budget=k, localizer="none")
     trees = collect(
@@ -92,7 +93,7 @@ def sample(
     )
     for tree in trees:
         if len(tree.leaves) < k:
-            raise RuntimeError(
+            raise InfrastructureError(
                 f"{tree.infrastructure_failures} attempts at {tree.task.id} were lost to tool failures of ours; "
                 "no accuracy is reported over what is left: check the interpreter and run again"
             )

@@ -136,6 +136,7 @@ class Sampler:
         self._control = np.zeros((config.slots, decode.CONTROL_WIDTH), np.int32)
         self._count = np.zeros(config.slots, np.int32)  # tokens of the turn so far
         self._turn = np.zeros((3, config.slots, config.context), np.int32)  # the turn so far, as `out` of decode.py
+        self._sampled = self._slot_steps = 0  # since `load`: tokens, and slots times decoding steps
 
     @property
     def version(self) -> int | None:
@@ -146,6 +147,14 @@ class Sampler:
     def free_slots(self) -> int:
         """Requests of new attempts that would be admitted at the next visit."""
         return max(0, self._table.free - sum(job.own is None for job in self._waiting))
+
+    @property
+    def occupancy(self) -> float:
+        """Sampled tokens per slot and decoding step since `load`, 0..1: what is missing to 1 was computed for nothing.
+
+        Slots idle while a tool runs, after a turn ended within a visit, and where too few attempts are left to start.
+        """
+        return self._sampled / self._slot_steps if self._slot_steps else 0.0
 
     def load(self, params: Params, version: int) -> None:
         """Takes new parameters; every cached prefix is forgotten.
@@ -162,6 +171,7 @@ class Sampler:
             raise RuntimeError(f"{in_flight} requests are in flight: finish them before loading other parameters")
         self._params = decode.place_params(params, self._mesh)
         self._table.load(version)
+        self._sampled = self._slot_steps = 0
         # Columns that no query may see weigh exactly 0, but 0 times what a diverged policy left there can be nan.
         self._cache = None  # frees the old one before the new one exists
         self._cache = self._new_cache()
@@ -247,6 +257,8 @@ class Sampler:
         rows, steps = np.nonzero(np.arange(len(out)) < sampled[:, None])
         self._turn[:, rows, self._count[rows] + steps] = out[steps, :, rows].T
         self._count += sampled
+        self._sampled += int(sampled.sum())
+        self._slot_steps += len(out) * self.config.slots
         active = np.flatnonzero(sampled)
         last = out[sampled[active] - 1, 0, active]
         control = self._control
@@ -284,14 +296,15 @@ class Sampler:
         length = len(ids)
         if not length:
             raise ValueError("a request needs a prefix of at least one token: begin every sequence with a prompt")
+        turn = max(request.max_tokens, 1)  # who asks for what a long prefix leaves may ask for less than nothing
+        if length + turn > self.context:
+            raise ValueError(
+                f"a prefix of {length} tokens and a turn of up to {turn} need {length} + {turn} = {length + turn} "
+                f"tokens, more than sampler.context={self.context}: raise sampler.context, or ask for a shorter prompt "
+                "or turn"
+            )
         if request.max_tokens < 1:
             raise ValueError(f"max_tokens={request.max_tokens} must be at least 1")
-        if length + request.max_tokens > self.context:
-            raise ValueError(
-                f"a prefix of {length} tokens and a turn of up to {request.max_tokens} need {length} + "
-                f"{request.max_tokens} = {length + request.max_tokens} tokens, more than "
-                f"sampler.context={self.context}: raise sampler.context, or ask for a shorter prompt or turn"
-            )
         if ids.min() < 0 or ids.max() >= self._vocab:
             raise ValueError(f"a prefix has ids outside 0..{self._vocab - 1}: the tokenizer does not fit the model")
         if len(request.stream) != 4 or not all(0 <= part < 2**32 for part in request.stream):

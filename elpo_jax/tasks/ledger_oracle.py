@@ -88,19 +88,6 @@ def first_irrecoverable(task: Task, states: Sequence[LedgerState]) -> int | None
     return len(states) + 1
 
 
-def success_probability(task: Task, state: LedgerState, calls_left: int, noise: float) -> float:
-    """Probability that a player who knows the world reaches the goal when each call fails with probability `noise`.
-
-    A failed call has no effect but its cost, so playing a shortest plan and repeating what failed is optimal, and it
-    succeeds when at least `min_calls` of the `calls_left` calls go through: a binomial tail.
-    """
-    fewest = min_calls(goal_of(task), read_world(state))
-    if fewest is None:
-        return 0.0
-    through = range(fewest, calls_left + 1)
-    return math.fsum(math.comb(calls_left, n) * (1 - noise) ** n * noise ** (calls_left - n) for n in through)
-
-
 def _spare(goal: Goal, world: World) -> dict[str, int]:
     """Money beyond what is due, of every open account; negative where it is short."""
     spare = {account: balance for account, balance in world.balances.items() if account not in world.closed}

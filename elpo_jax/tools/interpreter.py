@@ -40,10 +40,14 @@ class CodeInterpreter:
     """See `elpo_jax.tools.base.Tool`; the only argument is `code`. Thread-safe, and without state between calls.
 
     What a program prints is the answer, and the value of a final expression is printed as in a notebook. Programs see
-    the standard library, no installed packages, no network, no files to write and no child processes. They are
-    deterministic but for clocks: hash seed and `random` are fixed, and object addresses are not shown. So an answer is
-    remembered by the program's text (statuses ok, empty and error only, as the others could depend on the machine), and
-    the many attempts at one prompt that write the same program run it once.
+    the standard library, no installed packages, no network, no files to write and no child processes.
+
+    Hash seed and `random` are fixed and object addresses are not shown, so a program repeats its answer unless it asks
+    for what no two processes share: a clock, a process id, `id()`, files such as those in /proc, or the system's
+    randomness (`os.urandom`, `secrets`, `uuid`, `random.SystemRandom`, and `random.seed()` or `random.Random()` without
+    a seed). An answer is remembered by the program's text (statuses ok, empty and error only, as the others could
+    depend on the machine), so the many attempts at one prompt that write the same program run it once, and such a
+    program too has one answer while it is remembered; but a repeated or resumed run may give it another.
 
     Statuses: `ok`; `empty` (nothing printed); `error` (`detail` names the exception type, the signal or "exit");
     `timeout` (CPU time; a wall-clock guard of four times that only catches programs that sleep); `memory`;

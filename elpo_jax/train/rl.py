@@ -96,6 +96,7 @@ def train_rl(
             state, metrics = update(config, recipe, learner, state, trees, credits)
             row = rollout_metrics(trees, credits) | metrics
             row |= {"seconds/collect": collected - began, "seconds/update": time.perf_counter() - collected}
+            row["rollout/slot_use"] = learner.sampler.occupancy
             done = step + 1
             if config.dump_every and (done % config.dump_every == 0 or done in (1, config.steps)):
                 dump(dumps / f"step_{done:06d}.jsonl", done, recipe, trees, credits, learner.environment)

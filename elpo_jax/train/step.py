@@ -66,7 +66,7 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
-    """AdamW with float32 moments, global-norm clipping before it, and weight decay on matrices.
+    """AdamW with global-norm clipping before it, and weight decay on matrices.
 
     Args:
       config: The numbers.
@@ -99,19 +99,16 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
             mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
         ),
     )
-    return Optimizer(
-        init=lambda params: chain.init(_float32(params)),
-        update=lambda gradients, state, params: chain.update(gradients, state, _float32(params)),
-        learning_rate=learning_rate,
-    )
+    return Optimizer(init=chain.init, update=chain.update, learning_rate=learning_rate)
 
 
 def make_train_step(loss_fn: LossFn, optimizer: Optimizer, mesh: Mesh) -> Callable:
     """The jitted function (state, batch, scalars) -> (state, metrics).
 
-    Gradients of the micro-batches are added up in float32 by a scan, then applied once. Where the loss or the
-    gradient's norm is not finite nothing is applied: parameters, moments and the schedule stay as they were, bit for
-    bit, and `skipped` grows by one.
+    Gradients of the micro-batches are added up by a scan, then applied once. All of it is float32, as the parameters
+    are, whatever the network computes in: they are the only copy, and bfloat16 ones would round small updates away.
+    Where the loss or the gradient's norm is not finite nothing is applied: parameters, moments and the schedule stay as
+    they were, bit for bit, and `skipped` grows by one.
 
     Args:
       loss_fn: (params, micro-batch with leaves [B, ...], scalars) -> (loss, metrics). The loss is a sum with global
@@ -123,17 +120,16 @@ def make_train_step(loss_fn: LossFn, optimizer: Optimizer, mesh: Mesh) -> Callab
       A function of a `TrainState` (donated: the caller's arrays are gone after the call), a batch pytree with leaves
       [n_micro, B, ...] and a dict of scalars (traced, so changing them compiles nothing). The metrics are those of
       the loss, and loss, grad_norm (before clipping), lr (of this step) and skipped (so far). It raises ValueError
-      where B cannot be split over the mesh's rows.
+      where B cannot be split over the mesh's rows, or a parameter is not float32.
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def step(state, batch, scalars):
         def micro(total, rows):
             (loss, metrics), grads = gradient(state.params, rows, scalars)
-            return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads), {**metrics, "loss": loss}
+            return jax.tree.map(jnp.add, total, grads), {**metrics, "loss": loss}
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-        grads, rows = jax.lax.scan(micro, zeros, batch)
+        grads, rows = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, state.params), batch)
         metrics = {name: x.max(axis=0) if name.endswith("_max") else x.sum(axis=0) for name, x in rows.items()}
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
@@ -158,6 +154,7 @@ def make_train_step(loss_fn: LossFn, optimizer: Optimizer, mesh: Mesh) -> Callab
                 f"make the rows of a micro-batch a multiple of {parts}, or the mesh smaller"
             )
         if compiled is None:
+            _need_float32(state.params)
             place, whole = shardings(mesh, state), replicated(mesh)
             compiled = jax.jit(
                 step,
@@ -170,5 +167,12 @@ def make_train_step(loss_fn: LossFn, optimizer: Optimizer, mesh: Mesh) -> Callab
     return run
 
 
-def _float32(tree: Params) -> Params:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+def _need_float32(params: Params) -> None:
+    """Raises ValueError for parameters that an update smaller than their rounding could not change."""
+    others = {x.dtype.name for x in jax.tree.leaves(params)} - {"float32"}
+    if others:
+        raise ValueError(
+            f"model.param_dtype={', '.join(others)} cannot be trained: the parameters have no float32 copy, so small "
+            "updates would be rounded away; use model.param_dtype=float32, and model.dtype=bfloat16 to compute in "
+            "bfloat16"
+        )

@@ -59,7 +59,8 @@ class SearchConfig:
       localizer: How the first irrecoverable step is found. `none` and `feedback` sample the whole budget as independent
         attempts at once; `feedback` then names a step in every failed one, for that costs no rollout.
       entropy_window: Tokens at the start of a turn whose entropies are averaged; None for the whole turn.
-      max_infrastructure: Lost rollouts that are sampled again, outside the budget, before the tree is given up.
+      infrastructure_retries: How often one lost rollout is sampled again, outside the budget. A rollout that is lost
+        once more ends the tree with what it has.
 
     Raises:
       ValueError: If a number is out of range.
@@ -72,7 +73,7 @@ class SearchConfig:
     beta: float = 5.0
     localizer: Localizer = "binary"
     entropy_window: int | None = None
-    max_infrastructure: int = 8
+    infrastructure_retries: int = 3
 
     def __post_init__(self):
         if self.localizer not in LOCALIZERS:
@@ -86,8 +87,8 @@ class SearchConfig:
             raise ValueError(f"search.beta is {self.beta}; it must be a finite number of at least 0")
         if self.entropy_window is not None and self.entropy_window < 1:
             raise ValueError(f"search.entropy_window is {self.entropy_window}; use None for the whole turn")
-        if self.max_infrastructure < 0:
-            raise ValueError(f"search.max_infrastructure is {self.max_infrastructure}; it must be at least 0")
+        if self.infrastructure_retries < 0:
+            raise ValueError(f"search.infrastructure_retries is {self.infrastructure_retries}; it must be at least 0")
         if self.probes and self.buffer >= self.budget:
             raise ValueError(
                 f"search.buffer is {self.buffer} and search.budget is {self.budget}: nothing would be left to search; "
@@ -128,10 +129,15 @@ class Growth:
     """Grows the tree of one prompt. Ask `propose`, report with `observe`, until `done`; then take `tree`.
 
     The budget counts every rollout that was completed. A lost one (an infrastructure failure) is proposed again once
-    the rest of its wave is in, outside the budget, until more than `max_infrastructure` have been lost; then the tree
-    ends with what it has and is marked `truncated`. All X_m continuations of a probe run, even after a success. Failed
-    continuations do not enter the buffer. Failures that are still in the buffer when the budget is spent are not
-    searched: Figure 4 never does, although Algorithm 1 as printed would name step 1 for one of them without a probe.
+    the rest of its wave is in, outside the budget; once a rollout was lost after its last of `infrastructure_retries`,
+    the tree ends with what it has and is marked `truncated`. So a tree loses at most `infrastructure_retries + 1` times
+    its budget. A retry keeps the index of the rollout, and with it the PRNG stream: the fault is taken to be transient,
+    and the tree becomes the one that would have grown without it. Another stream would also favour what does not
+    provoke the fault.
+
+    All X_m continuations of a probe run, even after a success. Failed continuations do not enter the buffer. Failures
+    that are still in the buffer when the budget is spent are not searched: Figure 4 never does, although Algorithm 1 as
+    printed would name step 1 for one of them without a probe.
     """
 
     def __init__(self, task: Task, config: SearchConfig, seed: int = 0):
@@ -147,6 +153,7 @@ class Growth:
         self._truncated = False
         self._wave: tuple[Rollout, ...] = ()
         self._planned: dict[int, int] = {}  # X_m of the wave's probes
+        self._retries = 0  # of the wave: what is still lost after a round was lost in every round before it
         self._ready: list[Rollout] = []
         self._running: dict[int, Rollout] = {}
         self._results: dict[int, Trajectory | None] = {}
@@ -212,7 +219,8 @@ class Growth:
         """All that was handed out is back: samples the lost rollouts again, or judges the wave."""
         lost = [rollout for rollout in self._wave if self._results[rollout.index] is None]
         self._infrastructure_failures += len(lost)
-        if lost and self._infrastructure_failures <= self._config.max_infrastructure:
+        if lost and self._retries < self._config.infrastructure_retries:
+            self._retries += 1
             self._ready = lost
             return
         self._truncated = bool(lost)
@@ -304,4 +312,5 @@ class Growth:
     def _launch(self, starts: list[tuple[int | None, int]]) -> None:
         first = len(self._leaves)
         self._wave = tuple(Rollout(first + i, parent, anchor) for i, (parent, anchor) in enumerate(starts))
+        self._retries = 0
         self._ready = list(self._wave)
