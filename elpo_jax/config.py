@@ -4,13 +4,19 @@ An experiment is a Python file with `get_config()`; a fork is `dataclasses.repla
 that does not exist, and a value of the wrong type, are errors that say what would have been right.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import json
+import math
+import operator
 import pathlib
+import textwrap
+import traceback
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from elpo_jax.model.config import ModelConfig
@@ -171,6 +177,50 @@ class EvalConfig:
     bootstrap: int = 2000
 
 
+# (key, smallest value, largest value) of numbers, or of all numbers in a tuple, that no class of their own checks.
+_BOUNDS = (
+    ("seed", 0, 2**32 - 1),
+    ("cpu_devices", 1, math.inf),
+    ("tasks.wordmath.difficulties", 2, 10),
+    ("tasks.wordmath.slack", 0, math.inf),
+    ("tasks.wordmath.demonstrations", 1, math.inf),
+    ("tasks.ledger.difficulties", 2, 10),
+    ("tasks.ledger.slack", 0, math.inf),
+    ("tasks.ledger.noise", 0, 1),
+    ("tasks.ledger.demonstrations", 1, math.inf),
+    ("tokenizer.vocab_size", 1, math.inf),
+    ("tokenizer.texts", 1, math.inf),
+    ("rollout.temperature", 0.001, math.inf),  # training samples, and divides its logits by it
+    ("rollout.max_turn_tokens", 1, math.inf),
+    ("rollout.interpreter_workers", 1, math.inf),
+    ("rollout.interpreter_seconds", 0.01, math.inf),
+    ("rollout.interpreter_memory_mb", 64, math.inf),
+    ("sft.mistake_rate", 0, 1),
+    ("sft.slack", 0, math.inf),
+    ("sft.steps", 0, math.inf),
+    ("sft.rows", 1, math.inf),
+    ("sft.micro_rows", 1, math.inf),
+    ("sft.save_every", 1, math.inf),
+    ("rl.steps", 0, math.inf),
+    ("rl.prompts", 1, math.inf),
+    ("rl.updates", 1, math.inf),
+    ("rl.epochs", 1, math.inf),
+    ("rl.micro_rows", 1, math.inf),
+    ("rl.eval_every", 0, math.inf),
+    ("rl.eval_tasks", 1, math.inf),
+    ("rl.eval_k", 1, math.inf),
+    ("rl.dump_every", 0, math.inf),
+    ("rl.save_every", 1, math.inf),
+    ("eval.tasks", 1, math.inf),
+    ("eval.k", 1, math.inf),
+    ("eval.temperature", 0, math.inf),
+    ("eval.bootstrap", 1, math.inf),
+)
+# What a recipe's folder in the run folder, its eval/NAME.json or its key in results.json would collide with.
+_TAKEN = {"sft", "eval", "total", "compile_cache", "config.json", "tokenizer.model", "results.json", "report.html"}
+_SCALARS = {int: "an int", float: "a finite number", bool: "a bool", str: "a string"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment: a cold start, then `algo` and each of `against` from the same start under the same budget."""
@@ -192,52 +242,55 @@ class Config:
     rl: RlConfig = RlConfig()
     eval: EvalConfig = EvalConfig()
 
-    def check(self) -> "Config":
+    def check(self, row_parts: int = 1) -> "Config":
         """The config itself, if its parts fit each other; not at construction, so overrides can come in any order.
+
+        Args:
+          row_parts: Into how many parts the mesh splits the rows of a batch, once there is a mesh.
 
         Raises:
           ConfigError: Naming the keys that disagree.
         """
+        _check_type(self, Config, "")
+        for key, low, high in _BOUNDS:
+            value = operator.attrgetter(key)(self)
+            for item in value if isinstance(value, tuple) else (value,):
+                if not low <= item <= high:
+                    upper = "" if high == math.inf else f" and at most {high}"
+                    raise ConfigError(f"{key}={item} must be at least {low}{upper}")
         names = [recipe.name for recipe in self.recipes]
-        if len(set(names)) < len(names) or "sft" in names:
-            raise ConfigError(f"algo and against need different names, none of them 'sft', not {names}: set algo.name")
-        if self.rl.prompts % self.rl.updates:
-            raise ConfigError(f"rl.prompts={self.rl.prompts} is not a multiple of rl.updates={self.rl.updates}")
-        for key, values in (
-            ("tasks.families", self.tasks.families),
-            ("tasks.wordmath.difficulties", self.tasks.wordmath.difficulties),
-            ("tasks.ledger.difficulties", self.tasks.ledger.difficulties),
-        ):
-            if not values:
+        # A file system may take upper and lower case for the same name.
+        if len({name.lower() for name in names}) < len(names):
+            raise ConfigError(f"algo and against need different names, not {', '.join(names)}: set algo.name")
+        if taken := [name for name in names if name.lower() in _TAKEN]:
+            raise ConfigError(f"a run has something else of the name {taken[0]!r}: set algo.name to another one")
+        for key in ("tasks.families", "tasks.wordmath.difficulties", "tasks.ledger.difficulties"):
+            if not operator.attrgetter(key)(self):
                 raise ConfigError(f"{key} must name at least one: the dataset is empty")
         if len(set(self.tasks.families)) < len(self.tasks.families):
             raise ConfigError(f"tasks.families names a family twice: {self.tasks.families}")
-        for key, value in (
-            ("rl.prompts", self.rl.prompts),
-            ("rl.updates", self.rl.updates),
-            ("rl.epochs", self.rl.epochs),
-            ("rl.micro_rows", self.rl.micro_rows),
-            ("tasks.wordmath.demonstrations", self.tasks.wordmath.demonstrations),
-            ("tasks.ledger.demonstrations", self.tasks.ledger.demonstrations),
-            ("sft.rows", self.sft.rows),
-            ("sft.micro_rows", self.sft.micro_rows),
-            ("eval.tasks", self.eval.tasks),
-            ("eval.k", self.eval.k),
-            ("rollout.max_turn_tokens", self.rollout.max_turn_tokens),
-            ("cpu_devices", self.cpu_devices),
-        ):
-            if value < 1:
-                raise ConfigError(f"{key}={value} must be at least 1")
-        if self.sft.rows % self.sft.micro_rows:
-            raise ConfigError(f"sft.rows={self.sft.rows} is not a multiple of sft.micro_rows={self.sft.micro_rows}")
-        if self.rollout.temperature <= 0:
-            raise ConfigError(f"rollout.temperature={self.rollout.temperature} must be positive: training samples")
+        for key, other in (("rl.prompts", "rl.updates"), ("sft.rows", "sft.micro_rows")):
+            value, divisor = operator.attrgetter(key, other)(self)
+            if value % divisor:
+                raise ConfigError(f"{key}={value} is not a multiple of {other}={divisor}")
+        for key in ("sft.micro_rows", "rl.micro_rows"):
+            value = operator.attrgetter(key)(self)
+            if value % row_parts:
+                raise ConfigError(
+                    f"{key}={value} cannot be split over mesh.data * mesh.fsdp = {row_parts}: make it a multiple of "
+                    f"{row_parts}, or the mesh smaller"
+                )
         return self
 
     @property
     def demonstrations(self) -> dict[str, int]:
         """Transcripts for the cold start, by family."""
         return {name: getattr(self.tasks, name).demonstrations for name in self.tasks.families}
+
+    @property
+    def first_rl_task(self) -> int:
+        """Where the prompts of RL begin in the stream of training tasks: after those of the demonstrations."""
+        return max(self.demonstrations.values()) * len(self.tasks.families)
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -248,20 +301,34 @@ def load(path: str) -> Config:
     """The config of an experiment file, by its `get_config()`.
 
     Raises:
-      ConfigError: If the file or the function is missing, or it returns something else.
+      ConfigError: If the file or the function is missing, it returns something else, or it makes a config of keys that
+        do not exist or values that are not allowed.
     """
     file = pathlib.Path(path)
-    if not file.is_file():
-        raise ConfigError(f"there is no experiment file {path}: give a Python file with a get_config() function")
+    if not file.is_file() or file.suffix != ".py":
+        raise ConfigError(f"there is no experiment file {path}: give a file NAME.py with a get_config() function")
     spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "get_config", None)):
-        raise ConfigError(f"{path} has no get_config() function: add one that returns an elpo_jax.config.Config")
-    config = module.get_config()
-    if not isinstance(config, Config):
-        raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not an elpo_jax.config.Config")
+    with _errors_name_the_line(file):
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise ConfigError("there is no get_config() function: add one that returns an elpo_jax.config.Config")
+        config = get_config()
+        if not isinstance(config, Config):
+            raise ConfigError(f"get_config() returned {type(config).__name__}, not an elpo_jax.config.Config")
     return config
+
+
+@contextlib.contextmanager
+def _errors_name_the_line(file: pathlib.Path) -> Iterator[None]:
+    """What a dataclass says of a bad keyword or value becomes a ConfigError that names the file and its line."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f"{file}, line {lines[-1]}" if lines else f"{file}"
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def override(config: Config, assignments: list[str]) -> Config:
@@ -292,6 +359,30 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             out += differences(old.get(key, "(missing)"), new.get(key, "(missing)"), where)
         return out
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def _check_type(value: Any, hint: Any, key: str) -> None:
+    """Raises ConfigError where a value, or one inside it, is not what its field declares, or is not finite."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is not None or type(None) not in arguments:
+            _check_type(value, next(a for a in arguments if a is not type(None)), key)
+        return
+    if origin is Literal:
+        fits, wanted = value in arguments, f"one of {', '.join(map(str, arguments))}"
+    elif origin is tuple:
+        fits, wanted = isinstance(value, tuple), "a tuple, such as (x,) or (x, y)"
+        for i, item in enumerate(value if fits else ()):
+            _check_type(item, arguments[0], f"{key}.{i}")
+    elif dataclasses.is_dataclass(hint):
+        fits, wanted = isinstance(value, hint), f"a {hint.__name__}"
+        for name, inner in typing.get_type_hints(hint).items() if fits else ():
+            _check_type(getattr(value, name), inner, f"{key}.{name}".lstrip("."))
+    else:  # to Python, a bool is an int and an int is no float
+        fits = isinstance(value, int | float if hint is float else hint) and isinstance(value, bool) == (hint is bool)
+        fits, wanted = fits and (hint is str or math.isfinite(value)), _SCALARS[hint]
+    if not fits:
+        raise ConfigError(f"{key}={textwrap.shorten(repr(value), 60)} is not {wanted}")
 
 
 def _set(config: Any, path: list[str], text: str, key: str) -> Any:
@@ -352,4 +443,4 @@ def _parse(text: str, hint: Any, key: str) -> Any:
             pass
     elif hint is str:
         return text
-    raise ConfigError(f"{key}={text!r} is not {'an' if hint is int else 'a'} {getattr(hint, '__name__', hint)}")
+    raise ConfigError(f"{key}={text!r} is not {_SCALARS[hint]}")

@@ -7,17 +7,16 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "elpo_jax needs Python 3.11 or newer, and $PYTHON is $("$PYTHON" --version 2>&1): set PYTHON=python3.11 (or newer)." >&2
   exit 1
 fi
-requirements="requirements.txt ${EXTRA:-}"
-# The stamp holds the requirements that are installed, so that a changed list is installed again.
-stamp="$VENV/.installed"
-# shellcheck disable=SC2086
-if [ ! -f "$stamp" ] || ! cat $requirements | cmp -s - "$stamp"; then
-  [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV" || exit 1
-  echo "installing into $VENV (a minute or two the first time)"
-  # shellcheck disable=SC2046
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' $requirements) || exit 1
-  cat $requirements > "$stamp"
-fi
+for list in requirements.txt ${EXTRA:-}; do
+  # The stamp is the list that is installed, so that a changed one is installed again.
+  stamp="$VENV/.installed-${list//\//-}"
+  cmp -s "$list" "$stamp" && continue
+  # A venv that failed half way (Debian without python3-venv) has a python and no pip.
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv "$VENV" || exit 1
+  echo "installing $list into $VENV (a minute or two the first time)"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$list" || exit 1
+  cp "$list" "$stamp"
+done
 # shellcheck disable=SC1091
 . "$VENV/bin/activate"
 # XLA on the CPU asks the system for fresh pages at every call unless malloc keeps them: a third of the training speed.

@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -318,6 +319,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = Settings(options.trials, options.continuations, options.noise, options.seed)
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=options.out):
+                pass  # that it can be written shows now, and not after the work
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
@@ -331,12 +334,15 @@ def main(arguments: list[str] | None = None) -> int:
         with Progress("localization", settings.trials, rates=("trials",)) as progress:
             trials = run_trials(settings, options.jobs, lambda done: progress.update(done, trials=1))
     rows = summarise(trials)
-    if options.out is not None:
-        save(options.out, settings, trials, rows, provenance)
     if options.json:
-        print("\n".join(map(json.dumps, rows)))
+        print("\n".join(map(json.dumps, rows)), flush=True)
     else:
         print_tables(rows, Console())
+    if options.out is not None:  # last, for whatever keeps it from being written, the figures are out
+        try:
+            save(options.out, settings, trials, rows, provenance)
+        except OSError as error:
+            parser.error(f"cannot write to {options.out} ({error.strerror}): free some space, or choose another --out")
     return 0
 
 

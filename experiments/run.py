@@ -10,6 +10,7 @@ import contextlib
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 
@@ -21,14 +22,17 @@ from elpo_jax.report.page import build_report
 from elpo_jax.report.progress import Progress
 from elpo_jax.rollout.agent import Environment
 from elpo_jax.rollout.sampler import Sampler
+from elpo_jax.tasks.base import Split, Task
 from elpo_jax.tasks.stream import TaskStream
+from elpo_jax.tools.base import InfrastructureError
 from elpo_jax.train.checkpoint import CheckpointError, Checkpoints
 from elpo_jax.train.evaluate import Protocol, evaluate
-from elpo_jax.train.mesh import make_mesh
+from elpo_jax.train.mesh import make_mesh, row_parts
 from elpo_jax.train.rl import Learner, reference_logprobs, train_rl
 from elpo_jax.train.setup import (
     build_environment,
     build_tokenizer,
+    check_prompts,
     demonstration_rows,
     open_tools,
     open_workdir,
@@ -46,21 +50,22 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False) -> dict:
         # Everything that can be wrong with a config shows before the first step: what it raises is for the user.
         with bad_values_are_config_errors():
             mesh = make_mesh(config.mesh)
+            config.check(row_parts(mesh))
             stack.enter_context(open_workdir(workdir, config, resume))
+            if finished(config, workdir):
+                results = read_figures(workdir / "results.json", RESULTS)
+                build_report(workdir)
+                return results
             stack.enter_context(jax.set_mesh(mesh))
             stream, toolboxes = stack.enter_context(open_tools(config))
             tokenizer = build_tokenizer(config, workdir, stream, toolboxes)
             environment = build_environment(config, tokenizer, stream, toolboxes)
-            tests = {
-                family: [stream.family_task(family, "test", i) for i in range(config.eval.tasks)]
-                for family in stream.families
-            }
-            for task in (task for members in tests.values() for task in members):
-                environment.check(task, config.sampler.context)
+            check_prompts(config, environment, stream)
             sampler = Sampler(config.model, config.sampler, environment.chat.stop_ids, config.seed, mesh)
             sft_optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
             rl_optimizer = make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.updates * config.rl.epochs)
         meta = {"config": config.name, "tokenizer": tokenizer.fingerprint}
+        tests = held_out(stream, "test", config.eval.tasks)
 
         begun = cold_start(config, workdir, mesh, sft_optimizer, environment, stream, meta)
         measure(config, workdir, "sft", begun, environment, sampler, tests)
@@ -74,48 +79,80 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False) -> dict:
 
 
 @contextlib.contextmanager
-def bad_values_are_config_errors():
+def bad_values_are_config_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
+def finished(config: Config, workdir: pathlib.Path) -> bool:
+    """Whether everything was measured: then results.json, which says when and where, is left as it is."""
+    paths = [workdir / "results.json", *(workdir / "eval" / f"{name}.json" for name in stages(config))]
+    return all(path.exists() for path in paths)
+
+
+def stages(config: Config) -> list[str]:
+    return ["sft", *(recipe.name for recipe in config.recipes)]
+
+
+def held_out(stream: TaskStream, split: Split, count: int) -> dict[str, list[Task]]:
+    """The first tasks of a split, by family."""
+    return {family: [stream.family_task(family, split, i) for i in range(count)] for family in stream.families}
+
+
+def last_state(checkpoints: Checkpoints, blank: TrainState, mesh, meta: dict) -> tuple[TrainState, int]:
+    """The state and the step that a stage goes on from: its newest checkpoint, or `blank` and 0."""
+    if checkpoints.latest() is None:
+        return blank, 0
+    state, saved = checkpoints.restore(blank, mesh)
+    if saved["tokenizer"] != meta["tokenizer"]:
+        raise CheckpointError(
+            "the checkpoint was trained with another tokenizer than the run folder's tokenizer.model: restore that file"
+        )
+    return state, int(saved["step"])
+
+
+def open_log(folder: pathlib.Path, start: int) -> MetricsLog:
+    """The stage's metrics, ready for the row after step `start`."""
+    with bad_values_are_config_errors():  # a damaged file
+        log = MetricsLog(folder / "metrics.jsonl")
+        log.truncate_after(start)
+    return log
+
+
 def cold_start(
     config: Config, workdir, mesh, optimizer: Optimizer, environment: Environment, stream: TaskStream, meta: dict
 ) -> TrainState:
     """SFT from scratch, or its last state."""
-    state = init_state(config.model, optimizer, jax.random.key(config.seed), mesh)
-    checkpoints = Checkpoints(workdir / "sft" / "checkpoints")
-    start = checkpoints.latest() or 0
-    if start:
-        state, saved = checkpoints.restore(state, mesh)
-        start = int(saved["step"])
-        same_tokenizer(saved, meta)
-    log = MetricsLog(workdir / "sft" / "metrics.jsonl")
-    log.truncate_after(start)
-    if start < config.sft.steps:
+    folder = workdir / "sft"
+    checkpoints = Checkpoints(folder / "checkpoints")
+    blank = init_state(config.model, optimizer, jax.random.key(config.seed), mesh)
+    state, start = last_state(checkpoints, blank, mesh, meta)
+    data = None
+    if start < config.sft.steps:  # before the stage's first file: with nothing to learn from, it has not begun
         began = time.perf_counter()
-        data, left_out = demonstration_rows(config, environment, stream)
+        data, failed, long = demonstration_rows(config, environment, stream)
         seconds = time.perf_counter() - began
         print(
             f"{int(data.segments.max(axis=1).sum())} demonstrations in {data.tokens.shape[0]} rows of "
-            f"{config.sampler.context} tokens ({left_out} too long), {seconds:.0f} s",
+            f"{config.sampler.context} tokens (left out: {failed} that failed, {long} too long), {seconds:.0f} s",
             flush=True,
         )
-        step_fn = make_train_step(make_sft_loss(config.model), optimizer, mesh)
-        state = train_sft(
-            config.sft,
-            state,
-            step_fn,
-            data,
-            start=start,
-            seed=config.seed,
-            meta=meta,
-            checkpoints=checkpoints,
-            log=log,
-        )
-    return state
+    log = open_log(folder, start)
+    if data is None:
+        return state
+    return train_sft(
+        config.sft,
+        state,
+        make_train_step(make_sft_loss(config.model), optimizer, mesh),
+        data,
+        start=start,
+        seed=config.seed,
+        meta=meta,
+        checkpoints=checkpoints,
+        log=log,
+    )
 
 
 def reinforce(
@@ -131,23 +168,15 @@ def reinforce(
     meta: dict,
 ) -> TrainState:
     """One recipe's RL from the cold start, or from its last state."""
-    state = init_state(config.model, optimizer, jax.random.key(config.seed), mesh)
-    # A copy, since the train step donates its state and the next recipe starts from the same parameters.
-    state = state.replace(params=jax.tree.map(lambda x: x.copy(), begun.params))
     folder = workdir / recipe.name
     checkpoints = Checkpoints(folder / "checkpoints")
-    start = checkpoints.latest() or 0
-    if start:
-        state, saved = checkpoints.restore(state, mesh)
-        start = int(saved["step"])
-        same_tokenizer(saved, meta)
-    log = MetricsLog(folder / "metrics.jsonl")
-    log.truncate_after(start)
+    blank = init_state(config.model, optimizer, jax.random.key(config.seed), mesh)
+    # A copy, since the train step donates its state and the next recipe starts from the same parameters.
+    blank = blank.replace(params=jax.tree.map(lambda x: x.copy(), begun.params))
+    state, start = last_state(checkpoints, blank, mesh, meta)
 
     def validate(step: int) -> dict[str, float]:
-        tasks = {
-            f: [stream.family_task(f, "validation", i) for i in range(config.rl.eval_tasks)] for f in stream.families
-        }
+        tasks = held_out(stream, "validation", config.rl.eval_tasks)
         protocol = protocol_of(config, "validation", config.rl.eval_tasks, config.rl.eval_k, config.rollout.temperature)
         families = evaluate(recipe.name, tasks, protocol, environment, sampler, config.eval.bootstrap)["families"]
         row = {}
@@ -160,7 +189,7 @@ def reinforce(
         environment=environment,
         sampler=sampler,
         stream=stream,
-        first_task=max(config.demonstrations.values()) * len(stream.families),
+        first_task=config.first_rl_task,
         seed=config.seed,
         temperature=config.rollout.temperature,
         step_fn=make_train_step(make_loss(config.model), optimizer, mesh),
@@ -177,7 +206,7 @@ def reinforce(
         start=start,
         meta=meta,
         checkpoints=checkpoints,
-        log=log,
+        log=open_log(folder, start),
         dumps=folder / "rollouts",
     )
 
@@ -186,6 +215,7 @@ def measure(config: Config, workdir, name: str, state: TrainState, environment: 
     """Evaluates a stage's policy on the test split, once, into eval/NAME.json."""
     path = workdir / "eval" / f"{name}.json"
     if path.exists():
+        read_figures(path, FIGURES)  # damage shows now, not after the stages that follow
         return
     protocol = protocol_of(config, "test", config.eval.tasks, config.eval.k, config.eval.temperature)
     began = time.perf_counter()
@@ -228,17 +258,24 @@ def protocol_of(config: Config, split: str, tasks: int, k: int, temperature: flo
     )
 
 
-def same_tokenizer(saved: dict, meta: dict) -> None:
-    if saved["tokenizer"] != meta["tokenizer"]:
-        raise CheckpointError(
-            "the checkpoint was trained with another tokenizer than the run folder's tokenizer.model: restore that file"
-        )
+# The keys that results.json and an eval/NAME.json are read by.
+RESULTS = {"protocol", "families", "budget", "seconds"}
+FIGURES = {"protocol", "protocol_line", "families", "seconds"}
+
+
+def read_figures(path: pathlib.Path, keys: set[str]) -> dict:
+    """What `write_json` wrote there; ConfigError for anything else."""
+    with bad_values_are_config_errors():
+        figures = read_json(path)
+    if not isinstance(figures, dict) or not keys <= figures.keys():
+        raise ConfigError(f"{path} is damaged: restore it, or delete it to have it written again")
+    return figures
 
 
 def summarise(config: Config, workdir: pathlib.Path, elapsed: float) -> dict:
     """results.json from what the stages left on disk; `elapsed` is what this process took, in seconds."""
-    names = ["sft", *(recipe.name for recipe in config.recipes)]
-    evals = {name: read_json(workdir / "eval" / f"{name}.json") for name in names}
+    names = stages(config)
+    evals = {name: read_figures(workdir / "eval" / f"{name}.json", FIGURES) for name in names}
     rows = {name: read_metrics(workdir / name / "metrics.jsonl") for name in names}
     k = f"avg@{config.eval.k}"
     totals = {
@@ -294,20 +331,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--resume", action="store_true", help="continue the run that is in the folder")
     options = parser.parse_args(arguments)
+    workdir = options.workdir.resolve()
     try:
         config = override(load(options.experiment), options.assignments)
-        workdir = options.workdir.resolve()
         # Before the first array: the number of CPU devices and the compile cache cannot change afterwards.
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)
         if not jax.config.jax_compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         show(run(config, workdir, options.resume))
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, InfrastructureError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        resume = "with --resume goes on from the last checkpoint"
+        more = resume if (workdir / "config.json").exists() else "begins again"
+        print(f"\nstopped; the same command {more}", file=sys.stderr)
         return 130
     print(f"open {workdir / 'report.html'}")
     return 0

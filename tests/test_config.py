@@ -1,10 +1,25 @@
 """Overrides are typed and typos are errors."""
 
 import dataclasses
+import math
 
 import pytest
 
-from elpo_jax.config import Config, ConfigError, differences, load, override, to_json
+from elpo_jax.config import (
+    Config,
+    ConfigError,
+    EvalConfig,
+    LedgerConfig,
+    RlConfig,
+    RolloutConfig,
+    TasksConfig,
+    TokenizerConfig,
+    differences,
+    load,
+    override,
+    to_json,
+)
+from elpo_jax.policy.recipes import elpo, grpo
 
 
 def test_overrides_are_read_as_the_type_of_their_field():
@@ -36,7 +51,7 @@ def test_overrides_are_read_as_the_type_of_their_field():
     [
         ("algo.eps_ecl=0.1", "did you mean 'eps_elc'"),
         ("alog.eps_elc=0.1", "did you mean 'algo'"),
-        ("algo.eps_elc=small", "not a float"),
+        ("algo.eps_elc=small", "not a finite number"),
         ("rl.steps=2.5", "not an int"),
         ("model.qk_norm=maybe", "not a bool"),
         ("tokenizer.kind=bpe", "must be one of sentencepiece, byte"),
@@ -47,8 +62,40 @@ def test_overrides_are_read_as_the_type_of_their_field():
         ("rl.updates=5", "not a multiple"),
         ("algo.name=grpo", "different names"),
         ("tasks.families=", "empty"),
+        ("seed=-1", "at least 0 and at most 4294967295"),
+        ("cpu_devices=0", "at least 1"),
         ("eval.k=0", "at least 1"),
-        ("rollout.temperature=0", "must be positive"),
+        ("eval.bootstrap=0", "at least 1"),
+        ("eval.temperature=-1", "at least 0"),
+        ("eval.temperature=nan", "not a finite number"),
+        ("rollout.temperature=0", "at least 0.001"),
+        ("rollout.temperature=inf", "not a finite number"),
+        ("rollout.interpreter_memory_mb=1", "rollout.interpreter_memory_mb=1 must be at least 64"),
+        ("sft.save_every=0", "at least 1"),
+        ("sft.steps=-1", "at least 0"),
+        ("sft.slack=-1", "at least 0"),
+        ("sft.mistake_rate=1.5", "at most 1"),
+        ("sft.mistake_rate=nan", "not a finite number"),
+        ("rl.save_every=0", "at least 1"),
+        ("rl.steps=-3", "at least 0"),
+        ("rl.updates=0", "at least 1"),
+        ("rl.eval_every=-1", "at least 0"),
+        ("rl.eval_tasks=0", "at least 1"),
+        ("rl.eval_k=0", "at least 1"),
+        ("rl.dump_every=-1", "at least 0"),
+        ("rl.optimizer.lr=inf", "not a finite number"),
+        ("tasks.ledger.slack=-1", "at least 0"),
+        ("tasks.ledger.noise=1.01", "at most 1"),
+        ("tasks.ledger.difficulties=2,11", "tasks.ledger.difficulties=11 must be at least 2 and at most 10"),
+        ("tasks.wordmath.slack=-1", "at least 0"),
+        ("tasks.wordmath.difficulties=1", "at least 2"),
+        ("tokenizer.vocab_size=0", "at least 1"),
+        ("tokenizer.texts=0", "at least 1"),
+        ("algo.name=sft", "something else of the name 'sft'"),
+        ("algo.name=Eval", "something else of the name 'Eval'"),
+        ("algo.name=total", "something else of the name"),
+        ("algo.name=results.json", "something else of the name"),
+        ("algo.name=GRPO", "different names"),
     ],
 )
 def test_bad_overrides_say_what_is_wrong(assignment, message):
@@ -56,12 +103,73 @@ def test_bad_overrides_say_what_is_wrong(assignment, message):
         override(Config(), [assignment])
 
 
-def test_loading_names_what_is_missing(tmp_path):
-    with pytest.raises(ConfigError, match="no experiment file"):
-        load(str(tmp_path / "none.py"))
+def test_rows_have_to_fit_the_mesh():
+    config = override(Config(), ["sft.micro_rows=8", "rl.micro_rows=12"])
+    assert config.check(row_parts=4) is config
+    with pytest.raises(ConfigError, match=r"rl.micro_rows=12 cannot be split .* = 8: make it a multiple of 8"):
+        config.check(row_parts=8)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Config(seed=True), "seed=True is not an int"),
+        (Config(name=None), "name=None is not a string"),
+        (Config(rl=RlConfig(steps="many")), "rl.steps='many' is not an int"),
+        (Config(rl=RlConfig(prompts=32.0)), "rl.prompts=32.0 is not an int"),
+        (Config(rollout=RolloutConfig(temperature="1")), "rollout.temperature='1' is not a finite number"),
+        (Config(eval=EvalConfig(temperature=math.nan)), "eval.temperature=nan is not a finite number"),
+        (Config(tokenizer=TokenizerConfig(kind="bpe")), "tokenizer.kind='bpe' is not one of sentencepiece, byte"),
+        (Config(tasks=TasksConfig(ledger=LedgerConfig(difficulties=[2, 3]))), "difficulties=[2, 3] is not a tuple"),
+        (Config(tasks=TasksConfig(families=("ledger", 1))), "tasks.families.1=1 is not a string"),
+        (Config(against=grpo()), "against=Recipe(name='grpo', .* is not a tuple"),
+        (Config(against=(grpo(), "dapo")), "against.1='dapo' is not a Recipe"),
+        (Config(algo=elpo), "algo=<function elpo .* is not a Recipe"),
+    ],
+)
+def test_values_that_a_file_gives_are_of_the_type_of_their_field(config, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace("[", r"\[")):
+        config.check()
+
+
+def test_an_int_is_a_number():
+    Config(eval=EvalConfig(temperature=1)).check()
+    Config(algo=elpo(eps_elc=0)).check()
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("Config(sed=1)", "unexpected keyword argument 'sed'"),
+        ("Config(algo=elpo(eps_ecl=0.1))", "unexpected keyword argument 'eps_ecl'"),
+        ("Config(algo=elpo(lambda_tree=2))", "lambda_tree is 2; it must be between 0 and 1"),
+        ("Config(algo=elpo(lambda_tree=None))", "NoneType"),
+        ("Config(algo=elpo(search='binary'))", "'str' object has no attribute 'localizer'"),
+    ],
+)
+def test_an_error_of_an_experiment_file_names_its_line_and_keeps_its_words(tmp_path, expression, message):
     file = tmp_path / "experiment.py"
+    imports = "from elpo_jax.config import Config\nfrom elpo_jax.policy.recipes import elpo\n"
+    for text, line in ((f"{imports}def get_config():\n    return {expression}\n", 4), (f"{imports}{expression}\n", 3)):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=rf"experiment\.py, line {line}: .*{message}") as error:
+            load(str(file))
+        assert error.value.__cause__ is not None, "who calls load from Python can see where it came from"
+    file.write_text("def get_config(seed):\n    pass\n")
+    with pytest.raises(ConfigError, match=r"experiment\.py: .*missing 1 required"):
+        load(str(file))
+
+
+def test_loading_names_what_is_missing(tmp_path):
+    for name in ("none.py", ""):
+        with pytest.raises(ConfigError, match="no experiment file"):
+            load(str(tmp_path / name))
+    file = tmp_path / "experiment.py"
+    file.with_suffix(".txt").write_text("x = 1\n")
+    with pytest.raises(ConfigError, match=r"NAME\.py"):
+        load(str(file.with_suffix(".txt")))
     file.write_text("x = 1\n")
-    with pytest.raises(ConfigError, match="has no get_config"):
+    with pytest.raises(ConfigError, match="no get_config"):
         load(str(file))
     file.write_text("def get_config():\n    return {}\n")
     with pytest.raises(ConfigError, match="returned dict"):

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from elpo_jax.config import Config, ConfigError, override
 from elpo_jax.tasks.base import Grade, Task
 from elpo_jax.tasks.wordmath import REPAIRS, WordMath
 from elpo_jax.text.chat import ChatFormat, Message
@@ -14,6 +15,7 @@ from elpo_jax.text.tokenizer import ByteTokenizer
 from elpo_jax.tools.base import InfrastructureError, Status, ToolResult
 from elpo_jax.tools.interpreter import CodeInterpreter
 from elpo_jax.tools.toolbox import ToolBox
+from elpo_jax.train.setup import build_environment, demonstration_rows, open_tools
 from elpo_jax.trees.demonstrate import demonstrate, demonstrations
 from elpo_jax.trees.trajectory import Author, Finish
 
@@ -188,3 +190,38 @@ def test_blocks_keep_the_order_of_the_tasks(counters):
     made = list(demonstrations({"counting": family}, tasks, counters, CHAT, seed=0, together=3))
     assert [m.num_tool_steps for m in made] == [t.difficulty for t in tasks]
     assert len({m.steps[0].state.key for m in made}) == 10, "every attempt has a world of its own"
+
+
+def rows_with(noise, context=4096):
+    """Demonstration rows of 60 ledger tasks, what was left out, and the transcripts that they were made of."""
+    changes = [f"tasks.ledger.noise={noise}", f"sampler.context={context}", "tasks.ledger.demonstrations=60"]
+    config = override(Config(), [*changes, "tasks.families=ledger", "tokenizer.kind=byte"])
+    with open_tools(config) as (stream, toolboxes):
+        environment = build_environment(config, ByteTokenizer(), stream, toolboxes)
+        rows, failed, long = demonstration_rows(config, environment, stream)
+        tasks = [stream.family_task("ledger", "train", i) for i in range(60)]
+        tasks = [dataclasses.replace(task, max_steps=task.difficulty + config.sft.slack) for task in tasks]
+        made = demonstrations(
+            stream.families, tasks, toolboxes["ledger"], environment.chat, seed=config.seed, mistake_rate=0.2
+        )
+        return rows, failed, long, list(made)
+
+
+def test_what_noise_made_fail_is_not_imitated():
+    rows, failed, long, made = rows_with(noise=0.3)
+    packed = {
+        tuple(tokens[segments == s].tolist())
+        for tokens, segments in zip(rows.tokens, rows.segments, strict=True)
+        for s in range(1, segments.max() + 1)
+    }
+    assert packed == {tuple(m.ids().tolist()) for m in made if m.success}
+    assert failed == sum(not m.success for m in made) > 10 and long == 0
+
+
+def test_what_was_left_out_is_counted_by_its_reason():
+    _, failed, long, made = rows_with(noise=0.0, context=800)
+    assert failed == 0 and long == sum(len(m.ids()) > 800 for m in made) > 0
+    with pytest.raises(ConfigError, match=r"no demonstration of ledger .* more than sampler\.context=50"):
+        rows_with(noise=0.0, context=50)
+    with pytest.raises(ConfigError, match=r"no demonstration of ledger .* all 60 failed"):
+        rows_with(noise=1.0)

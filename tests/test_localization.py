@@ -12,6 +12,7 @@ import pytest
 from elpo_jax.tasks.ledger import Ledger
 from elpo_jax.tasks.ledger_oracle import first_irrecoverable
 from elpo_jax.trees.localize import LOCALIZERS
+from experiments import localization
 from experiments.localization import (
     LENGTHS,
     SUCCESS,
@@ -149,3 +150,24 @@ def test_a_file_in_the_way_of_the_folder_is_left_alone(tmp_path, capsys):
         main(["--trials", "1", "--out", str(tmp_path / "taken")])
     assert stopped.value.code == 2 and "choose another --out" in capsys.readouterr().err
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(monkeypatch, capsys):
+    monkeypatch.setattr(localization, "run_trials", lambda *arguments: pytest.fail("the work began"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["--trials", "1", "--out", "/proc"])
+    assert stopped.value.code == 2 and "choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_figures_are_shown_even_if_they_cannot_be_written(more, tmp_path, monkeypatch, capsys):
+    def save(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(localization, "save", save)
+    monkeypatch.setattr(localization, "machine", dict)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--trials", "8", "--jobs", "1", "--out", str(tmp_path), *more])
+    output, errors = capsys.readouterr()
+    assert stopped.value.code == 2 and "No space left on device" in errors
+    assert output.count("binary_printed") >= len(SUCCESS) if more else "Continuations per attempt" in output

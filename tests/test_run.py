@@ -3,12 +3,17 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 from conftest import ROOT
+
+from elpo_jax.tools.base import InfrastructureError
+from experiments import run
 
 
 def finish(process):
@@ -81,11 +86,86 @@ def test_ten_kills_change_nothing(tiny_run, start, tmp_path):
 
 
 def test_a_finished_run_resumes_to_the_same_results(tiny_run, start):
-    before = (tiny_run / "results.json").read_text()
-    code, _, errors = finish(start(tiny_run, "--resume"))
+    """To the same file: who made the figures, and when, is not who looks at them."""
+    before = (tiny_run / "results.json").stat().st_mtime_ns
+    code, output, errors = finish(start(tiny_run, "--resume"))
     assert code == 0, errors
-    old, new = json.loads(before), json.loads((tiny_run / "results.json").read_text())
+    assert "held-out accuracy" in output and "report.html" in output
+    assert (tiny_run / "results.json").stat().st_mtime_ns == before
+
+
+def test_the_remedy_for_a_damaged_tokenizer_works(tiny_run, start, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run, workdir)
+    (workdir / "results.json").unlink()
+    (workdir / "tokenizer.model").write_bytes(b"damaged")
+    code, _, errors = finish(start(workdir, "--resume"))
+    assert code == 2 and "tokenizer.model is damaged" in errors and "delete it" in errors and "--resume" in errors
+    (workdir / "tokenizer.model").unlink()
+    code, _, errors = finish(start(workdir, "--resume"))
+    assert code == 0, errors
+    old, new = (json.loads((folder / "results.json").read_text()) for folder in (tiny_run, workdir))
     assert old["families"] == new["families"] and old["budget"] == new["budget"]
+
+
+def newer(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def another_value(path):
+    path.write_text("[]\n")
+
+
+def garbage(path):
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], b"\xff{", *lines[2:]]))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage", "message"),
+    [
+        ("elpo/checkpoints/*/manifest.json", cut, "restore the file from a copy"),
+        ("elpo/checkpoints/*/manifest.json", newer, "update elpo_jax"),
+        ("sft/metrics.jsonl", garbage, "metrics.jsonl, line 2 is not a metrics row: remove that line"),
+        ("eval/sft.json", cut, "sft.json is damaged"),
+        ("eval/sft.json", another_value, "sft.json is damaged: restore it, or delete it"),
+    ],
+)
+def test_damage_to_a_run_is_one_sentence_and_costs_nothing(tiny_run, start, tmp_path, pattern, damage, message):
+    def content():
+        return {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run, workdir)
+    (workdir / "results.json").unlink()
+    for path in workdir.glob(pattern):
+        damage(path)
+    before = content()
+    code, output, errors = finish(start(workdir, "--resume"))
+    assert code == 2, output + errors
+    assert errors.startswith("error: ") and len(errors.splitlines()) == 1 and message in errors, errors
+    assert before == content()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (InfrastructureError("the interpreter's workers died"), 2, "error: the interpreter's workers died"),
+        (KeyboardInterrupt(), 130, "the same command begins again"),
+    ],
+)
+def test_what_stops_a_run_is_one_sentence(monkeypatch, capsys, tmp_path, error, code, message):
+    def stop(*arguments):
+        raise error
+
+    monkeypatch.setattr(run, "run", stop)
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    assert run.main([str(ROOT / "tests/tiny.py"), "--workdir", str(tmp_path / "run")]) == code
+    assert capsys.readouterr().err.strip().endswith(message)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +175,8 @@ def test_a_finished_run_resumes_to_the_same_results(tiny_run, start):
         (["--set", "rl.steps=many"], "is not an int"),
         (["--set", "sampler.context=40"], "raise sampler.context"),
         (["--set", "mesh.data=64"], "device"),
+        (["--set", "cpu_devices=4"], "micro_rows=2 cannot be split"),
+        (["--resume"], "holds no run to resume"),
         (["--set", "tasks.families=chess"], "unknown family 'chess'"),
         (["--set", "tasks.ledger.difficulties="], "the dataset is empty"),
         (["--set", "tasks.wordmath.difficulties=11"], "10"),
@@ -106,6 +188,16 @@ def test_bad_input_is_one_sentence_and_an_exit_code(start, tmp_path, more, messa
     assert code == 2, output + errors
     assert errors.startswith("error: ") and message in errors, errors
     assert "Traceback" not in errors
+
+
+def test_a_command_that_was_corrected_runs_in_the_same_folder(start, tmp_path):
+    small = [f"--set={part}" for part in ("against=()", "sft.steps=6", "rl.steps=1", "eval.tasks=1", "eval.k=1")]
+    for bad in ("sampler.context=40", "tasks.ledger.noise=1"):
+        code, _, errors = finish(start(tmp_path / "run", *small, "--set", bad))
+        assert code == 2 and errors.startswith("error: "), errors
+    code, output, errors = finish(start(tmp_path / "run", *small))
+    assert code == 0, output + errors
+    assert "demonstrations in" in output and "that failed" in output
 
 
 def test_a_folder_of_another_run_is_left_alone(tiny_run, start, tmp_path):

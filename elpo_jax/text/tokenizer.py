@@ -25,6 +25,7 @@ _CONTROL_PATTERN = re.compile("|".join(map(re.escape, CONTROL)))
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this character
 _TRAINING_CHARS = 4096  # longer texts are cut for training; the trainer keeps 16-bit positions
+_REMEDY = "delete it and start the run again with --resume, which makes it anew, or make one with train_sentencepiece"
 _COPIED_OR_NOT = re.compile(r"[A-Z][a-z]*|\d|[^A-Z\d]+")
 
 
@@ -122,12 +123,13 @@ def _train(sentences: list[str], file, vocab_size: int) -> None:
     except RuntimeError as error:
         if high := re.search(r"too high .*<= (\d+)", str(error)):
             raise ValueError(
-                f"the texts hold only {high[1]} pieces: set vocab_size to at most {high[1]}, not {vocab_size}, or give "
-                "more varied texts"
+                f"the texts hold only {high[1]} pieces: set tokenizer.vocab_size to at most {high[1]}, not "
+                f"{vocab_size}, or give more varied texts"
             ) from None
         if low := re.search(r"(\d+) vs (\d+)\. Increase vocab_size", str(error)):
             raise ValueError(
-                f"vocab_size={vocab_size} has no room for the {low[2]} bytes, characters and control tokens: raise it"
+                f"tokenizer.vocab_size={vocab_size} has no room for the {low[2]} bytes, characters and control tokens: "
+                "raise it"
             ) from None
         raise
 
@@ -199,14 +201,13 @@ class SentencePieceTokenizer:
         return piece.encode() if self._processor.is_control(i) else piece.replace(_SPACE_SYMBOL, " ").encode()
 
     def _check(self, path: pathlib.Path) -> None:
-        remedy = "make one with train_sentencepiece"
         missing = [text for text, i in self.control.items() if i < 0 or not self._processor.is_control(i)]
         if missing:
-            raise ValueError(f"the tokenizer model {path} has no control token {missing[0]}: {remedy}")
+            raise ValueError(f"the tokenizer model {path} has no control token {missing[0]}: {_REMEDY}")
         probe = f" \tA\r\n\n  \ufb01{_SPACE_SYMBOL} é\x01 "
         ids = self.encode(probe)
         if self.decode(ids) != probe or any(self._processor.is_unknown(i) for i in ids):
-            raise ValueError(f"the tokenizer model {path} does not keep text as it is, byte for byte: {remedy}")
+            raise ValueError(f"the tokenizer model {path} does not keep text as it is, byte for byte: {_REMEDY}")
 
 
 def _load(data: bytes, path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
@@ -216,7 +217,7 @@ def _load(data: bytes, path: pathlib.Path) -> sentencepiece.SentencePieceProcess
     except (RuntimeError, OSError):
         loaded = False
     if not loaded:
-        raise ValueError(f"the tokenizer model {path} is damaged or no SentencePiece model: train it again")
+        raise ValueError(f"the tokenizer model {path} is damaged or no SentencePiece model: {_REMEDY}")
     return processor
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import itertools
-import json
 import os
 import pathlib
 import platform
@@ -15,7 +14,7 @@ import numpy as np
 
 from elpo_jax.config import Config, ConfigError, differences, to_json
 from elpo_jax.policy.batch import Batch, demonstration_example, pack
-from elpo_jax.report.log import write_json
+from elpo_jax.report.log import read_json, write_json
 from elpo_jax.rollout.agent import Environment
 from elpo_jax.tasks.ledger import Ledger
 from elpo_jax.tasks.stream import TaskStream
@@ -27,24 +26,31 @@ from elpo_jax.tools.toolbox import ToolBox
 from elpo_jax.trees.demonstrate import demonstrations
 from elpo_jax.trees.trajectory import Trajectory
 
+# What a process can leave in a folder that it has not claimed, and what a run has in it before its first stage.
+LEFTOVERS = {".lock", ".config-json-partial", "compile_cache"}
+BEFORE_STAGES = LEFTOVERS | {"config.json", "tokenizer.model"}
+
 
 @contextlib.contextmanager
 def open_workdir(workdir: pathlib.Path, config: Config, resume: bool) -> Iterator[None]:
     """Claims a run folder: writes config.json, or checks that the run in it is this one.
 
+    A new run that fails before its first stage, as one with a bad config does, gives the folder back.
+
     Raises:
-      ConfigError: If the folder holds another run, holds this one and `resume` was not asked for, is in use, or cannot
-        be written. Nothing in it is touched then.
+      ConfigError: If the folder holds another run, holds this one and `resume` was not asked for, holds none and it
+        was, is in use, or cannot be written. Nothing in it is touched then.
     """
     recorded = workdir / "config.json"
     wanted = to_json(config)
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"{workdir} is a file: give --workdir a folder")
     if recorded.exists():
-        try:
-            held = json.loads(recorded.read_text())
-        except json.JSONDecodeError:
-            raise ConfigError(f"{recorded} is damaged: restore it, or start in another --workdir") from None
+        held = None
+        with contextlib.suppress(ValueError):
+            held = read_json(recorded)
+        if not isinstance(held, dict):
+            raise ConfigError(f"{recorded} is damaged: restore it, or start in another --workdir")
         changed = differences(held, wanted)
         if changed:
             raise ConfigError(
@@ -55,8 +61,10 @@ def open_workdir(workdir: pathlib.Path, config: Config, resume: bool) -> Iterato
             raise ConfigError(
                 f"{workdir} already holds this run: add --resume to continue it, or choose another folder"
             )
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and not _names(workdir) <= LEFTOVERS:
         raise ConfigError(f"{workdir} is not empty and holds no run: choose an empty or new --workdir")
+    elif resume:
+        raise ConfigError(f"{workdir} holds no run to resume: leave out --resume to start one, or correct --workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
@@ -69,9 +77,20 @@ def open_workdir(workdir: pathlib.Path, config: Config, resume: bool) -> Iterato
             raise ConfigError(
                 f"another process is running in {workdir}: wait for it, or choose another folder"
             ) from None
-        if not recorded.exists():
+        new = not recorded.exists()
+        if new:
             write_json(recorded, wanted)
-        yield
+        try:
+            yield
+        except Exception:
+            if new and _names(workdir) <= BEFORE_STAGES:
+                (workdir / "tokenizer.model").unlink(missing_ok=True)
+                recorded.unlink()
+            raise
+
+
+def _names(folder: pathlib.Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 @contextlib.contextmanager
@@ -120,9 +139,7 @@ def build_tokenizer(
                 for trajectory in _demonstrate(config, chat, stream, toolboxes, count)
                 for t in _texts(chat, trajectory)
             ]
-            partial = path.with_name("tokenizer.partial.model")
-            train_sentencepiece(texts, partial, config.tokenizer.vocab_size)
-            os.replace(partial, path)
+            train_sentencepiece(texts, path, config.tokenizer.vocab_size)
         tokenizer = SentencePieceTokenizer(path)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -139,23 +156,46 @@ def build_environment(
     return Environment(stream.families, toolboxes, chat, config.rollout.max_turn_tokens)
 
 
-def demonstration_rows(config: Config, environment: Environment, stream: TaskStream) -> tuple[Batch, int]:
-    """Packed demonstrations, numpy [N, T], and how many were left out for being longer than the context.
+def check_prompts(config: Config, environment: Environment, stream: TaskStream) -> None:
+    """Raises ValueError if a prompt that the run will meet leaves no room for a turn.
+
+    All of them are made for this, at less than half a millisecond each: found when it is drawn, such a prompt would end
+    the run in its middle.
+    """
+    first = config.first_rl_task
+    held_out = {"validation": config.rl.eval_tasks if config.rl.eval_every else 0, "test": config.eval.tasks}
+    tasks = itertools.chain(
+        (stream.task("train", n) for n in range(first, first + config.rl.steps * config.rl.prompts)),
+        (stream.family_task(f, split, i) for split, n in held_out.items() for f in stream.families for i in range(n)),
+    )
+    for task in tasks:
+        environment.check(task, config.sampler.context)
+
+
+def demonstration_rows(config: Config, environment: Environment, stream: TaskStream) -> tuple[Batch, int, int]:
+    """Packed demonstrations, numpy [N, T], and how many were left out: as failures, and as longer than the context.
+
+    Where a world is noisy a demonstrator can run out of calls; a failure is nothing to imitate.
 
     Raises:
-      ConfigError: If none fits.
+      ConfigError: If none of a family is left.
     """
-    trajectories = list(_demonstrate(config, environment.chat, stream, environment.toolboxes, config.demonstrations))
-    fitting = [t for t in trajectories if len(t.ids()) <= config.sampler.context]
-    if not fitting:
-        shortest = min(len(t.ids()) for t in trajectories)
-        raise ConfigError(
-            f"no demonstration fits sampler.context={config.sampler.context} (the shortest has {shortest} tokens), so "
-            "there is nothing to learn from: raise sampler.context or choose lower difficulties"
-        )
-    order = np.random.default_rng(config.seed).permutation(len(fitting))
-    rows = pack([demonstration_example(fitting[i]) for i in order], config.sampler.context)
-    return rows, len(trajectories) - len(fitting)
+    kept, failed, long = [], 0, 0
+    for family, count in config.demonstrations.items():
+        played = _demonstrate(config, environment.chat, stream, environment.toolboxes, {family: count})
+        solved = [t for t in played if t.success]
+        fitting = [t for t in solved if len(t.ids()) <= config.sampler.context]
+        if not fitting:
+            why = (
+                f"the shortest has {min(len(t.ids()) for t in solved)} tokens, more than "
+                f"sampler.context={config.sampler.context}: raise it or choose lower difficulties"
+                if solved
+                else f"all {count} failed: lower tasks.ledger.noise or raise sft.slack"
+            )
+            raise ConfigError(f"there is no demonstration of {family} to learn from, for {why}")
+        kept, failed, long = kept + fitting, failed + count - len(solved), long + len(solved) - len(fitting)
+    order = np.random.default_rng(config.seed).permutation(len(kept))
+    return pack([demonstration_example(kept[i]) for i in order], config.sampler.context), failed, long
 
 
 def _demonstrate(
@@ -181,15 +221,18 @@ def provenance() -> dict:
     """What a result has to say about where it was made: versions, commit, machine kind."""
     import jax
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
-    )
+    commit = ""
+    with contextlib.suppress(OSError):  # no git
+        # The commit's short name without any tag's; "-dirty" follows where tracked files differ from it.
+        describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        here = pathlib.Path(__file__).parent
+        commit = subprocess.run(describe, capture_output=True, text=True, cwd=here).stdout.strip()
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
     return {
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "backend": jax.default_backend(),

@@ -1,0 +1,114 @@
+"""The run folder changes hands only when a run has begun, and what is wrong with a run shows before it begins."""
+
+import json
+import subprocess
+import types
+
+import pytest
+
+from elpo_jax.config import Config, ConfigError, override, to_json
+from elpo_jax.train import setup
+from elpo_jax.train.setup import check_prompts, open_workdir, provenance
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_fails_before_its_first_stage_gives_the_folder_back(tmp_path):
+    with pytest.raises(ConfigError, match="the prompt is too long"), open_workdir(tmp_path / "run", Config(), False):
+        (tmp_path / "run" / "tokenizer.model").write_text("of the bad config")
+        (tmp_path / "run" / "compile_cache").mkdir()
+        raise ConfigError("the prompt is too long")
+    assert names(tmp_path / "run") == [".lock", "compile_cache"]
+    with open_workdir(tmp_path / "run", Config(seed=1), False):
+        pass
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
+
+
+def test_what_fails_or_is_stopped_later_keeps_the_folder(tmp_path):
+    for error, resume in ((KeyboardInterrupt, False), (ValueError, True), (ValueError, True)):
+        with pytest.raises(error), open_workdir(tmp_path, Config(), resume):
+            (tmp_path / "tokenizer.model").touch()
+            raise error
+        assert {"config.json", "tokenizer.model"} < set(names(tmp_path))
+    other = tmp_path / "other"
+    with pytest.raises(RuntimeError), open_workdir(other, Config(), False):
+        (other / "elpo").mkdir()
+        raise RuntimeError("in the middle of a stage")
+    assert names(other) == [".lock", "config.json", "elpo"]
+
+
+def test_leftovers_of_a_kill_do_not_take_a_folder(tmp_path):
+    for name in (".lock", ".config-json-partial"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "compile_cache").mkdir()
+    with open_workdir(tmp_path, Config(), False):
+        pass
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="not empty and holds no run"), open_workdir(tmp_path, Config(), False):
+        pass
+
+
+def test_there_has_to_be_a_run_to_resume(tmp_path):
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(ConfigError, match="holds no run to resume"), open_workdir(folder, Config(), True):
+            pass
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]", b'{"seed": 0'])
+def test_a_damaged_config_is_named_and_left_alone(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    for resume in (True, False):
+        with pytest.raises(ConfigError, match=r"config\.json is damaged"), open_workdir(tmp_path, Config(), resume):
+            pass
+    assert path.read_bytes() == content
+
+
+def test_one_process_at_a_time(tmp_path):
+    with open_workdir(tmp_path, Config(), False):
+        with pytest.raises(ConfigError, match="another process"), open_workdir(tmp_path, Config(), True):
+            pass
+        assert json.loads((tmp_path / "config.json").read_text()) == to_json(Config())
+
+
+@pytest.mark.parametrize("eval_every", [0, 2])
+def test_every_prompt_that_a_run_will_meet_is_checked(eval_every):
+    changes = ["rl.steps=3", "rl.prompts=4", "rl.eval_tasks=2", "eval.tasks=3", f"rl.eval_every={eval_every}"]
+    config = override(Config(), [*changes, "tasks.wordmath.demonstrations=10", "tasks.ledger.demonstrations=7"])
+    stream = types.SimpleNamespace(
+        families={"wordmath": None, "ledger": None},
+        task=lambda split, n: (split, n),
+        family_task=lambda family, split, i: (family, split, i),
+    )
+    checked = []
+    environment = types.SimpleNamespace(check=lambda task, context: checked.append((task, context)))
+    check_prompts(config, environment, stream)
+    wanted = [("train", n) for n in range(20, 20 + 3 * 4)]
+    for split, count in (("validation", 2 if eval_every else 0), ("test", 3)):
+        wanted += [(family, split, i) for family in ("wordmath", "ledger") for i in range(count)]
+    assert checked == [(task, 256) for task in wanted]
+
+
+def test_a_result_says_whether_the_working_tree_was_that_of_its_commit(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    file = tmp_path / "setup.py"
+    file.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    git("tag", "-a", "v1", "-m", "a tag is no commit")
+    monkeypatch.setattr(setup, "__file__", str(file))
+    commit = git("rev-parse", "--short", "HEAD")
+    (tmp_path / "untracked").touch()
+    assert provenance()["commit"] == commit
+    file.write_text("2")
+    assert provenance()["commit"] == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance()["commit"] is None, "without git"
