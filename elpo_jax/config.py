@@ -169,9 +169,18 @@ class RlConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation: `k` attempts at each of `tasks` test tasks per family, at `temperature`."""
+    """Held-out evaluation of every stage.
+
+    Attributes:
+      tasks: Test tasks per family.
+      validation_tasks: Validation tasks per family, for choices that the test split must not make; 0 for none.
+      k: Attempts at each task.
+      temperature: Of sampling; 0 is greedy.
+      bootstrap: Resamples of the tasks behind each interval.
+    """
 
     tasks: int = 200
+    validation_tasks: int = 50
     k: int = 8
     temperature: float = 1.0
     bootstrap: int = 2000
@@ -212,6 +221,7 @@ _BOUNDS = (
     ("rl.dump_every", 0, math.inf),
     ("rl.save_every", 1, math.inf),
     ("eval.tasks", 1, math.inf),
+    ("eval.validation_tasks", 0, math.inf),
     ("eval.k", 1, math.inf),
     ("eval.temperature", 0, math.inf),
     ("eval.bootstrap", 1, math.inf),

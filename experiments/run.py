@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import jax
 
-from elpo_jax.config import Config, ConfigError, load, override
+from elpo_jax.config import Config, ConfigError, differences, load, override, to_json
 from elpo_jax.policy.loss import make_logprobs, make_loss
 from elpo_jax.policy.recipes import Recipe
 from elpo_jax.report.log import MetricsLog, read_json, read_metrics, write_json
@@ -25,7 +25,7 @@ from elpo_jax.rollout.sampler import Sampler
 from elpo_jax.tasks.base import Split, Task
 from elpo_jax.tasks.stream import TaskStream
 from elpo_jax.tools.base import InfrastructureError
-from elpo_jax.train.checkpoint import CheckpointError, Checkpoints
+from elpo_jax.train.checkpoint import CheckpointError, Checkpoints, versions
 from elpo_jax.train.evaluate import Protocol, evaluate
 from elpo_jax.train.mesh import make_mesh, row_parts
 from elpo_jax.train.rl import Learner, reference_logprobs, train_rl
@@ -64,14 +64,13 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False) -> dict:
             sampler = Sampler(config.model, config.sampler, environment.chat.stop_ids, config.seed, mesh)
             sft_optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
             rl_optimizer = make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.updates * config.rl.epochs)
-        meta = {"config": config.name, "tokenizer": tokenizer.fingerprint}
-        tests = held_out(stream, "test", config.eval.tasks)
+        meta = {"config": to_json(config), "tokenizer": tokenizer.fingerprint}
 
         begun = cold_start(config, workdir, mesh, sft_optimizer, environment, stream, meta)
-        measure(config, workdir, "sft", begun, environment, sampler, tests)
+        measure(config, workdir, "sft", begun, environment, sampler, stream)
         for recipe in config.recipes:
             state = reinforce(config, recipe, workdir, mesh, rl_optimizer, begun, environment, stream, sampler, meta)
-            measure(config, workdir, recipe.name, state, environment, sampler, tests)
+            measure(config, workdir, recipe.name, state, environment, sampler, stream)
         results = summarise(config, workdir, time.perf_counter() - began)
         write_json(workdir / "results.json", results)
         build_report(workdir)
@@ -102,7 +101,11 @@ def held_out(stream: TaskStream, split: Split, count: int) -> dict[str, list[Tas
 
 
 def last_state(checkpoints: Checkpoints, blank: TrainState, mesh, meta: dict) -> tuple[TrainState, int]:
-    """The state and the step that a stage goes on from: its newest checkpoint, or `blank` and 0."""
+    """The state and the step that a stage goes on from: its newest checkpoint, or `blank` and 0.
+
+    Raises:
+      CheckpointError: If it was saved by another stage, config or tokenizer than `meta` names.
+    """
     if checkpoints.latest() is None:
         return blank, 0
     state, saved = checkpoints.restore(blank, mesh)
@@ -110,6 +113,16 @@ def last_state(checkpoints: Checkpoints, blank: TrainState, mesh, meta: dict) ->
         raise CheckpointError(
             "the checkpoint was trained with another tokenizer than the run folder's tokenizer.model: restore that file"
         )
+    changed = differences(
+        {key: saved.get(key) for key in ("stage", "config")}, {k: meta[k] for k in ("stage", "config")}
+    )
+    if changed:
+        raise CheckpointError(
+            f"checkpoint {saved['step']} in {checkpoints.directory} is not this run's ({'; '.join(changed[:4])}): move "
+            "it out of the folder"
+        )
+    if changed := differences(saved["versions"], versions()):
+        print(f"note: other versions than when the run began ({'; '.join(changed)}): last bits may differ", flush=True)
     return state, int(saved["step"])
 
 
@@ -125,7 +138,7 @@ def cold_start(
     config: Config, workdir, mesh, optimizer: Optimizer, environment: Environment, stream: TaskStream, meta: dict
 ) -> TrainState:
     """SFT from scratch, or its last state."""
-    folder = workdir / "sft"
+    folder, meta = workdir / "sft", meta | {"stage": "sft"}
     checkpoints = Checkpoints(folder / "checkpoints")
     blank = init_state(config.model, optimizer, jax.random.key(config.seed), mesh)
     state, start = last_state(checkpoints, blank, mesh, meta)
@@ -168,7 +181,7 @@ def reinforce(
     meta: dict,
 ) -> TrainState:
     """One recipe's RL from the cold start, or from its last state."""
-    folder = workdir / recipe.name
+    folder, meta = workdir / recipe.name, meta | {"stage": recipe.name}
     checkpoints = Checkpoints(folder / "checkpoints")
     blank = init_state(config.model, optimizer, jax.random.key(config.seed), mesh)
     # A copy, since the train step donates its state and the next recipe starts from the same parameters.
@@ -211,36 +224,59 @@ def reinforce(
     )
 
 
-def measure(config: Config, workdir, name: str, state: TrainState, environment: Environment, sampler, tests) -> None:
-    """Evaluates a stage's policy on the test split, once, into eval/NAME.json."""
+def measure(
+    config: Config,
+    workdir,
+    name: str,
+    state: TrainState,
+    environment: Environment,
+    sampler: Sampler,
+    stream: TaskStream,
+) -> None:
+    """Evaluates a stage's policy on the test and the validation split, once, into eval/NAME.json.
+
+    The file has the test split's figures, and under "validation" those of the other, each with its protocol.
+    """
     path = workdir / "eval" / f"{name}.json"
     if path.exists():
         read_figures(path, FIGURES)  # damage shows now, not after the stages that follow
         return
-    protocol = protocol_of(config, "test", config.eval.tasks, config.eval.k, config.eval.temperature)
     began = time.perf_counter()
     sampler.load(state.params, version=int(state.step))
-    attempts = config.eval.tasks * config.eval.k * len(tests)
+    counts: dict[Split, int] = {"test": config.eval.tasks, "validation": config.eval.validation_tasks}
+    attempts = sum(counts.values()) * config.eval.k * len(stream.families)
+    by_split, done = {}, 0
     with Progress(f"evaluating {name}", attempts) as progress:
-        figures = evaluate(
-            name,
-            tests,
-            protocol,
-            environment,
-            sampler,
-            config.eval.bootstrap,
-            lambda rollouts: progress.update(rollouts, rollouts=1),
-        )
-    figures["protocol_line"] = protocol.line()
-    figures["seconds"] = time.perf_counter() - began
-    for family, values in figures["families"].items():
-        low, high = values["ci"]
-        print(
-            f"{name:>8}  {family:<9} avg@{protocol.k} {values[f'avg@{protocol.k}']:.3f} [{low:.3f}, {high:.3f}]  "
-            f"({protocol.line()})",
-            flush=True,
-        )
+        for split, count in counts.items():
+            if not count:
+                continue
+            protocol = protocol_of(config, split, count, config.eval.k, config.eval.temperature)
+            by_split[split] = evaluate(
+                name,
+                held_out(stream, split, count),
+                protocol,
+                environment,
+                sampler,
+                config.eval.bootstrap,
+                lambda rollouts, done=done: progress.update(done + rollouts, rollouts=1),
+            ) | {"protocol_line": protocol.line()}
+            done += count * config.eval.k * len(stream.families)
+    for split, figures in by_split.items():
+        print(f"{name}, {figures['protocol_line']}")
+        for family, values in figures["families"].items():
+            print(f"  {split:<10} {family:<9} {figures_line(values, config.eval.k)}", flush=True)
+    figures = by_split["test"] | {"validation": by_split.get("validation"), "seconds": time.perf_counter() - began}
     write_json(path, figures)
+
+
+def figures_line(values: dict, k: int) -> str:
+    """The figures of a family in one line, in percent with their intervals."""
+    parts = []
+    for metric in (f"avg@{k}", f"pass@{k}", f"maj@{k}"):
+        entry = values[metric]
+        value, (low, high) = (entry["value"], entry["ci"]) if isinstance(entry, dict) else (entry, values["ci"])
+        parts.append(f"{metric} {100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+    return ", ".join(parts) + f"; {values['tool_calls']:.1f} tool calls and {values['tokens']:.0f} tokens an attempt"
 
 
 def protocol_of(config: Config, split: str, tasks: int, k: int, temperature: float) -> Protocol:
@@ -288,19 +324,28 @@ def summarise(config: Config, workdir: pathlib.Path, elapsed: float) -> dict:
     seconds["total"] = max(elapsed, sum(seconds.values()))  # a resumed run: at least what its stages took
     return {
         "protocol": evals["sft"]["protocol"] | {"line": evals["sft"]["protocol_line"], "seed": config.seed},
-        "families": {
-            family: {
-                name: {key: figures["families"][family][key] for key in (k, "ci", "n")}
-                for name, figures in evals.items()
-            }
-            for family in config.tasks.families
-        },
+        "families": accuracies(evals, k),
+        "validation": accuracies(
+            {name: figures["validation"] or {"families": {}} for name, figures in evals.items()}, k
+        ),
         "budget": {
             name: {total: int(sum(row[key] for row in rows[name])) for total, key in totals.items()}
             for name in names[1:]
         },
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "provenance": provenance() | {"config": config.name, "seed": config.seed},
+    }
+
+
+def accuracies(evals: dict[str, dict], metric: str) -> dict[str, dict[str, dict]]:
+    """family -> stage -> the metric, its interval and the number of tasks."""
+    families = dict.fromkeys(family for figures in evals.values() for family in figures["families"])
+    return {
+        family: {
+            name: {key: figures["families"][family][key] for key in (metric, "ci", "n")}
+            for name, figures in evals.items()
+        }
+        for family in families
     }
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -51,6 +52,7 @@ def test_results_have_the_promised_form(tiny_run):
         budget = results["budget"][name]
         assert budget["rollouts"] == 3 * 4 * 6, "every prompt spends exactly its budget"
         assert budget["model_tokens"] > budget["rollouts"] and budget["tool_calls"] >= 0
+        assert set(results["validation"]["ledger"][name]) == {"avg@2", "ci", "n"}
     assert set(results["seconds"]) == {"sft", "grpo", "elpo", "eval", "total"}
     assert results["protocol"]["k"] == 2 and results["protocol"]["temperature"] == 1.0
     assert (tiny_run / "report.html").stat().st_size > 10_000
@@ -65,24 +67,42 @@ def test_the_first_update_sees_the_samplers_own_policy(tiny_run):
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing(tiny_run, start, tmp_path):
+    """Killed at a random moment of its start, of each stage, and again of its start: three runs, ten kills."""
     expected = numbers(tiny_run)
     rng = random.Random(0)
-    kills, runs = 0, 0
-    while kills < 10:
-        workdir = tmp_path / f"run{runs}"
-        runs += 1
-        while True:
+    stages = ("", "sft", "elpo", "grpo")
+    plan = [*stages, *stages, "sft", "elpo"]
+    landed = []
+    for i in range(0, len(plan), len(stages)):
+        workdir = tmp_path / f"run{i}"
+        for stage in plan[i : i + len(stages)]:
             process = start(workdir, *(["--resume"] if (workdir / "config.json").exists() else []))
-            try:
-                output, errors = process.communicate(timeout=rng.uniform(3.0, 14.0) if kills < 10 else 900)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.communicate()
-                kills += 1
-                continue
-            assert process.returncode == 0, output + errors
-            break
+            seen = workdir / stage / "metrics.jsonl" if stage else workdir
+            while not seen.exists() and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0.0, 2.0 if stage else 5.0))
+            landed.append(stage if process.poll() is None else "too late")
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        code, output, errors = finish(start(workdir, *(["--resume"] if (workdir / "config.json").exists() else [])))
+        assert code == 0, output + errors
         assert numbers(workdir) == expected
+    assert landed.count("too late") < 3 and {"", "sft", "elpo", "grpo"} <= set(landed), landed
+
+
+def test_a_checkpoint_says_what_it_is_and_is_not_taken_for_another_stages(tiny_run, start, tmp_path):
+    saved = json.loads((tiny_run / "elpo/checkpoints/3/meta/metadata").read_text())
+    assert saved["stage"] == "elpo" and saved["step"] == 3 and saved["config"]["name"] == "tiny"
+    assert saved["cursor"] == 60 * 2 + 3 * 4, "after the demonstrations' tasks, four prompts for each of three batches"
+    assert {"jax", "flax", "optax", "orbax"} <= set(saved["versions"])
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run, workdir)
+    for path in (workdir / "results.json", workdir / "eval/grpo.json", workdir / "grpo/metrics.jsonl"):
+        path.unlink()
+    shutil.rmtree(workdir / "grpo/checkpoints")
+    shutil.copytree(workdir / "elpo/checkpoints", workdir / "grpo/checkpoints")
+    code, _, errors = finish(start(workdir, "--resume"))
+    assert code == 2 and "stage: 'elpo' -> 'grpo'" in errors and "move it out" in errors, errors
 
 
 def test_a_finished_run_resumes_to_the_same_results(tiny_run, start):

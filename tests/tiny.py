@@ -23,7 +23,7 @@ from elpo_jax.trees.grow import SearchConfig
 def get_config() -> Config:
     return Config(
         name="tiny",
-        cpu_devices=1,
+        cpu_devices=2,
         tasks=TasksConfig(
             wordmath=WordMathConfig(difficulties=(2,), demonstrations=60),
             ledger=LedgerConfig(difficulties=(2,), noise=0.1, demonstrations=60),
@@ -44,5 +44,5 @@ def get_config() -> Config:
         rl=RlConfig(
             steps=3, prompts=4, updates=2, micro_rows=2, eval_every=2, eval_tasks=2, dump_every=2, save_every=1
         ),
-        eval=EvalConfig(tasks=3, k=2, bootstrap=50),
+        eval=EvalConfig(tasks=3, validation_tasks=2, k=2, bootstrap=50),
     )

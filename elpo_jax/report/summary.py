@@ -88,6 +88,9 @@ def result_tables(results: Mapping[str, Any], evaluations: Mapping[str, Mapping[
         for family, entry in (evaluation.get("families") or {}).items():
             known = families.setdefault(family, {}).get(algorithm) or {}
             families[family][algorithm] = {**entry, **known}
+    for algorithm, evaluation in evaluations.items():
+        for family, entry in ((evaluation.get("validation") or {}).get("families") or {}).items():
+            families.setdefault(f"{family}, validation split", {})[algorithm] = entry
     protocol = results.get("protocol") or next((_protocol(e) for e in evaluations.values()), {})
     tables = [
         {"name": family, "rows": [_row(name, rows[name]) for name in ordered(list(rows))]}

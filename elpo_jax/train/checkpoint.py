@@ -80,7 +80,7 @@ class Checkpoints:
             "format": FORMAT,
             "step": step,
             "key_impl": str(jax.random.key_impl(state.key)),
-            "versions": _versions(),
+            "versions": versions(),
             "commit": _commit(),
         }
         if self._writer is None:
@@ -226,7 +226,8 @@ def _sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of all that the last bits of a result depend on."""
     modules = {"jax": jax, "flax": flax, "optax": optax, "orbax": ocp}
     return {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}
 

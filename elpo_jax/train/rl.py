@@ -69,7 +69,7 @@ def train_rl(
       learner: Environment, sampler, tasks and the jitted step.
       state: State after `start` batches.
       start: Batches already done; with the seed it determines everything that follows.
-      meta: Saved with every checkpoint.
+      meta: Saved with every checkpoint, beside "cursor", the number of the next prompt in the stream.
       checkpoints: Where to save.
       log: Gets one row per batch.
       dumps: Folder for rollouts/step_NNNNNN.jsonl.
@@ -108,7 +108,7 @@ def train_rl(
             progress.update(done, tokens=row["rollout/model_tokens"], root_success=row["rollout/root_success"])
             if done % config.save_every == 0 or done == config.steps:
                 log.sync()
-                checkpoints.save(done, state, meta)
+                checkpoints.save(done, state, meta | {"cursor": first + config.prompts})
     return state
 
 

@@ -163,7 +163,8 @@ def check_prompts(config: Config, environment: Environment, stream: TaskStream) 
     the run in its middle.
     """
     first = config.first_rl_task
-    held_out = {"validation": config.rl.eval_tasks if config.rl.eval_every else 0, "test": config.eval.tasks}
+    during_rl = config.rl.eval_tasks if config.rl.eval_every else 0
+    held_out = {"validation": max(during_rl, config.eval.validation_tasks), "test": config.eval.tasks}
     tasks = itertools.chain(
         (stream.task("train", n) for n in range(first, first + config.rl.steps * config.rl.prompts)),
         (stream.family_task(f, split, i) for split, n in held_out.items() for f in stream.families for i in range(n)),

@@ -63,7 +63,7 @@ def train_sft(
       data: Packed demonstrations, numpy [N, T].
       start: Steps already done.
       seed: Seeds the permutations.
-      meta: Saved with every checkpoint.
+      meta: Saved with every checkpoint, beside "cursor", the rows seen so far (see `rows_at`).
       checkpoints: Where to save.
       log: Gets one row per step.
     """
@@ -83,5 +83,5 @@ def train_sft(
             progress.update(step + 1, tokens=(batch.positions >= 0).sum(), loss=row["loss"])
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 log.sync()
-                checkpoints.save(step + 1, state, meta)
+                checkpoints.save(step + 1, state, meta | {"cursor": (step + 1) * config.rows})
     return state
