@@ -42,7 +42,7 @@ class WordMathConfig:
 
     difficulties: tuple[int, ...] = (2,)
     slack: int = 0
-    demonstrations: int = 5000
+    demonstrations: int = 8000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LedgerConfig:
     difficulties: tuple[int, ...] = (2, 3, 4)
     slack: int = 0
     noise: float = 0.0
-    demonstrations: int = 5000
+    demonstrations: int = 12000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +108,9 @@ class SftConfig:
       optimizer: AdamW.
     """
 
-    mistake_rate: float = 0.2
+    mistake_rate: float = 0.25
     slack: int = 2
-    steps: int = 800
+    steps: int = 1200
     rows: int = 16
     micro_rows: int = 16
     save_every: int = 200
@@ -164,7 +164,7 @@ class RlConfig:
     eval_k: int = 2
     dump_every: int = 10
     save_every: int = 10
-    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, warmup_steps=8, b2=0.99, weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-4, warmup_steps=8, b2=0.99, weight_decay=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +241,7 @@ class Config:
     tasks: TasksConfig = TasksConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig(
-        vocab_size=1024, d_model=96, layers=3, heads=4, kv_heads=1, head_dim=24, d_ff=256, qk_norm=True
+        vocab_size=1024, d_model=96, layers=3, heads=4, kv_heads=1, head_dim=24, d_ff=256
     )
     mesh: MeshConfig = MeshConfig()
     sampler: SamplerConfig = SamplerConfig()
