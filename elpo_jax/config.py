@@ -240,9 +240,7 @@ class Config:
     cpu_devices: int = 2  # XLA devices on a machine without accelerators; results depend on it in the last bits
     tasks: TasksConfig = TasksConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
-    model: ModelConfig = ModelConfig(
-        vocab_size=1024, d_model=96, layers=3, heads=4, kv_heads=1, head_dim=24, d_ff=256
-    )
+    model: ModelConfig = ModelConfig(vocab_size=1024, d_model=96, layers=3, heads=4, kv_heads=1, head_dim=24, d_ff=256)
     mesh: MeshConfig = MeshConfig()
     sampler: SamplerConfig = SamplerConfig()
     rollout: RolloutConfig = RolloutConfig()

@@ -88,21 +88,25 @@ def result_tables(results: Mapping[str, Any], evaluations: Mapping[str, Mapping[
         for family, entry in (evaluation.get("families") or {}).items():
             known = families.setdefault(family, {}).get(algorithm) or {}
             families[family][algorithm] = {**entry, **known}
+    validation: dict[str, dict[str, Any]] = {}
     for algorithm, evaluation in evaluations.items():
         for family, entry in ((evaluation.get("validation") or {}).get("families") or {}).items():
-            families.setdefault(f"{family}, validation split", {})[algorithm] = entry
+            validation.setdefault(f"{family}, validation split", {})[algorithm] = entry
     protocol = results.get("protocol") or next((_protocol(e) for e in evaluations.values()), {})
-    tables = [
-        {"name": family, "rows": [_row(name, rows[name]) for name in ordered(list(rows))]}
-        for family, rows in families.items()
-    ]
+    tables, validation_tables = (
+        [
+            {"name": family, "rows": [_row(name, rows[name]) for name in ordered(list(rows))]}
+            for family, rows in split.items()
+        ]
+        for split in (families, validation)
+    )
     budget, seconds = results.get("budget") or {}, results.get("seconds") or {}
     line = protocol_line(protocol)
     rules = [(name, _text(protocol[key])) for name, key in _RULES if key in protocol]
     return {
         "protocol": line,
         "rules": [[name, text] for name, text in rules if text not in line],
-        "families": tables,
+        "families": tables + validation_tables,
         "budget": [
             {"name": name, "seconds": seconds.get(name), **(budget.get(name) or {})}
             for name in ordered(list(dict.fromkeys([*budget, *(s for s in seconds if s not in ("eval", "total"))])))
