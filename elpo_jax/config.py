@@ -30,6 +30,10 @@ class ConfigError(ValueError):
     """The configuration cannot be used; the message names the key and the remedy."""
 
 
+class _DoesNotFit(ConfigError):
+    """A value that its dataclass refuses beside the present values of its other fields."""
+
+
 @dataclasses.dataclass(frozen=True)
 class WordMathConfig:
     """Word problems.
@@ -102,7 +106,7 @@ class SftConfig:
       mistake_rate: Share of turns at which the demonstrator slips and then repairs.
       slack: Calls that it may spend on slips; where a family's own slack is less, the policy has to do without them.
       steps: Optimizer steps.
-      rows: Packed rows of `rollout.context` tokens per optimizer step.
+      rows: Packed rows of `sampler.context` tokens per optimizer step.
       micro_rows: Rows per forward pass.
       save_every: Steps between checkpoints.
       optimizer: AdamW.
@@ -149,7 +153,7 @@ class RlConfig:
       eval_every: Batches between validations (0: never), each of `eval_tasks` tasks per family, `eval_k` times.
       eval_tasks: See above.
       eval_k: See above.
-      dump_every: Batches between dumps of all trees to rollouts/ (0: never).
+      dump_every: Batches between dumps of all trees to rollouts/, beside the first and the last (0: never).
       save_every: Batches between checkpoints.
       optimizer: AdamW.
     """
@@ -281,6 +285,11 @@ class Config:
             value, divisor = operator.attrgetter(key, other)(self)
             if value % divisor:
                 raise ConfigError(f"{key}={value} is not a multiple of {other}={divisor}")
+        if self.model.param_dtype != "float32":
+            raise ConfigError(
+                f"model.param_dtype={self.model.param_dtype} cannot be trained, for small updates would be rounded "
+                "away: use float32, and model.dtype=bfloat16 to compute in bfloat16"
+            )
         for key in ("sft.micro_rows", "rl.micro_rows"):
             value = operator.attrgetter(key)(self)
             if value % row_parts:
@@ -334,22 +343,37 @@ def _errors_name_the_line(file: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, AttributeError) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        here = str(file.absolute())
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == here]
         where = f"{file}, line {lines[-1]}" if lines else f"{file}"
         raise ConfigError(f"{where}: {error}") from error
 
 
 def override(config: Config, assignments: list[str]) -> Config:
-    """`config` with "a.b=c" applied in order; each value is read as the type of its field.
+    """`config` with "a.b=c" applied; each value is read as the type of its field.
+
+    The order does not matter: what does not fit the other values yet is tried again after them. Of a key that is given
+    twice the last value counts.
 
     Raises:
       ConfigError: For an unknown key or a value that does not fit, naming what would.
     """
+    waiting: dict[str, str] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise ConfigError(f"--set takes key=value, as in --set algo.eps_elc=0.0, not {assignment!r}")
-        config = _set(config, key.strip().split("."), text.strip(), key.strip())
+        waiting[key.strip()] = text.strip()
+    while waiting:
+        problems: dict[str, ConfigError] = {}
+        for key, text in waiting.items():
+            try:
+                config = _set(config, key.split("."), text, key)
+            except _DoesNotFit as error:
+                problems[key] = error
+        if len(problems) == len(waiting):
+            raise next(iter(problems.values()))
+        waiting = {key: waiting[key] for key in problems}
     return config.check()
 
 
@@ -388,7 +412,7 @@ def _check_type(value: Any, hint: Any, key: str) -> None:
             _check_type(getattr(value, name), inner, f"{key}.{name}".lstrip("."))
     else:  # to Python, a bool is an int and an int is no float
         fits = isinstance(value, int | float if hint is float else hint) and isinstance(value, bool) == (hint is bool)
-        fits, wanted = fits and (hint is str or math.isfinite(value)), _SCALARS[hint]
+        fits, wanted = fits and (not isinstance(value, float) or math.isfinite(value)), _SCALARS[hint]
     if not fits:
         raise ConfigError(f"{key}={textwrap.shorten(repr(value), 60)} is not {wanted}")
 
@@ -421,7 +445,7 @@ def _set(config: Any, path: list[str], text: str, key: str) -> Any:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{key}={text}: {error}") from None
+        raise _DoesNotFit(f"{key}={text}: {error}") from None
 
 
 def _parse(text: str, hint: Any, key: str) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from elpo_jax.config import Config
 from elpo_jax.model.config import ModelConfig, count_params
 from elpo_jax.model.transformer import init
 from elpo_jax.policy.batch import Batch, Example, pack, stack
@@ -23,14 +24,14 @@ from elpo_jax.policy.recipes import elpo
 from elpo_jax.rollout import decode
 from elpo_jax.rollout.sampler import Request, Sampler, SamplerConfig
 from elpo_jax.train.mesh import MeshConfig, make_mesh
-from elpo_jax.train.setup import provenance
+from elpo_jax.train.provenance import provenance
 from elpo_jax.train.state import init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 from elpo_jax.trees.trajectory import Author, Segment
 
 TINY = ModelConfig(vocab_size=512, d_model=32, layers=1, heads=2, kv_heads=1, head_dim=16, d_ff=64)
 MODELS = {
-    "0.3M": ModelConfig(vocab_size=512, d_model=96, layers=3, heads=4, kv_heads=1, head_dim=24, d_ff=256, qk_norm=True),
+    "0.4M": Config().model,  # the quickstart's
     "3M": ModelConfig(vocab_size=512, d_model=256, layers=4, heads=8, kv_heads=4, head_dim=32, d_ff=768, qk_norm=True),
 }
 

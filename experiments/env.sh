@@ -1,5 +1,5 @@
 # Sourced by the scripts: makes .venv with what the project needs, if it is not there, and activates it.
-# PYTHON picks the interpreter (default python3), VENV the folder, EXTRA more requirement files.
+# PYTHON picks the interpreter of a new one (default python3), VENV the folder, EXTRA more requirement files.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-.venv}"

@@ -299,7 +299,7 @@ def machine() -> dict:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from elpo_jax.train.setup import provenance
+    from elpo_jax.train.provenance import provenance
 
     return provenance()
 

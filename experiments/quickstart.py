@@ -2,7 +2,7 @@
 
 COMMAND:  bash experiments/quickstart.sh [WORKDIR]
 
-The demonstrations are sloppy on purpose: a fifth of the turns slip and are repaired by further calls. The policy that
+The demonstrations are sloppy on purpose: a quarter of the turns slip and are repaired by further calls. The policy that
 imitates them is graded without a spare call, and what it has to unlearn is left to reinforcement learning.
 """
 

@@ -25,9 +25,10 @@ from elpo_jax.rollout.sampler import Sampler
 from elpo_jax.tasks.base import Split, Task
 from elpo_jax.tasks.stream import TaskStream
 from elpo_jax.tools.base import InfrastructureError
-from elpo_jax.train.checkpoint import CheckpointError, Checkpoints, versions
+from elpo_jax.train.checkpoint import CheckpointError, Checkpoints
 from elpo_jax.train.evaluate import Protocol, evaluate
 from elpo_jax.train.mesh import make_mesh, row_parts
+from elpo_jax.train.provenance import provenance, versions
 from elpo_jax.train.rl import Learner, reference_logprobs, train_rl
 from elpo_jax.train.setup import (
     build_environment,
@@ -36,7 +37,6 @@ from elpo_jax.train.setup import (
     demonstration_rows,
     open_tools,
     open_workdir,
-    provenance,
 )
 from elpo_jax.train.sft import make_sft_loss, train_sft
 from elpo_jax.train.state import TrainState, init_state
@@ -325,9 +325,12 @@ def summarise(config: Config, workdir: pathlib.Path, elapsed: float) -> dict:
     return {
         "protocol": evals["sft"]["protocol"] | {"line": evals["sft"]["protocol_line"], "seed": config.seed},
         "families": accuracies(evals, k),
-        "validation": accuracies(
-            {name: figures["validation"] or {"families": {}} for name, figures in evals.items()}, k
-        ),
+        "validation": {
+            "line": evals["sft"]["validation"]["protocol_line"],
+            "families": accuracies({name: figures["validation"] for name, figures in evals.items()}, k),
+        }
+        if config.eval.validation_tasks
+        else None,
         "budget": {
             name: {total: int(sum(row[key] for row in rows[name])) for total, key in totals.items()}
             for name in names[1:]

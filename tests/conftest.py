@@ -21,12 +21,12 @@ def compile_cache(tmp_path_factory):
 def start(compile_cache):
     """Starts a run of tests/tiny.py in a folder and returns the process, output and errors captured."""
 
-    def popen(workdir, *more):
+    def popen(workdir, *more, cache=compile_cache):
         command = [sys.executable, "-m", "experiments.run", TINY, "--workdir", str(workdir), *more]
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": compile_cache},
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

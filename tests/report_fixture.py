@@ -121,7 +121,7 @@ PROTOCOL = {
     "interval": "95 % percentile bootstrap over tasks",
 }
 LINE = "test split, 200 tasks per family, k=8, temperature 1, seed 17; 95 % percentile bootstrap over tasks"
-
+VALIDATION = "validation split, 50 tasks per family, k=8, temperature 1, seed 17"
 
 PROVENANCE = {"commit": "3f9c2d1", "python": "3.11.9", "jax": "0.10.2", "backend": "cpu", "devices": 2} | {
     "device_kind": "cpu",
@@ -152,7 +152,12 @@ def evaluation(name: str, accuracies: tuple[float, float], rng: np.random.Genera
             "finish": {"answer": 1531, "max_steps": 60, "length": 9},
             "per_task": per_task(x, rng),
         }
-    return {"name": name, "protocol": PROTOCOL, "protocol_line": LINE, "seconds": 16.2, "families": families}
+    smaller = {
+        family: figures | {"n": 50, "per_task": figures["per_task"][:50]} for family, figures in families.items()
+    }
+    validation = {"protocol": PROTOCOL | {"split": "validation"}, "protocol_line": VALIDATION, "families": smaller}
+    protocol = {"protocol": PROTOCOL, "protocol_line": LINE}
+    return {"name": name, **protocol, "seconds": 16.2, "families": families, "validation": validation}
 
 
 def per_task(mean: float, rng: np.random.Generator) -> list[float]:

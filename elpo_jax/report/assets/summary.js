@@ -41,7 +41,7 @@ function drawHeader(data) {
 }
 
 function drawResults(data) {
-  const { families, budget, seconds: times, protocol, rules, reading } = data.results;
+  const { families, validation, budget, seconds: times, protocol, rules, reading } = data.results;
   const section = byId("results");
   if (!families.length && !budget.length) {
     section.append(h("p", { class: "empty" }, "There are no results yet: the run has not reached its evaluation."));
@@ -57,6 +57,10 @@ function drawResults(data) {
     );
   if (families.length)
     section.append(...captioned("Held-out accuracy", `in %, with interval. ${protocol}`, resultTable(families)));
+  if (validation.families.length)
+    section.append(
+      ...captioned("Validation", `in %, with interval. ${validation.protocol}`, resultTable(validation.families)),
+    );
   if (rules.length)
     section.append(
       h(
