@@ -1,4 +1,7 @@
-"""An experiment that touches every part of a run in under a minute; the tests fork it."""
+"""An experiment that touches every part of a run in under a minute; the tests fork it.
+
+Its policy solves a part of the ledger tasks, so that trees have both outcomes and every update changes something.
+"""
 
 import dataclasses
 
@@ -26,17 +29,18 @@ def get_config() -> Config:
         cpu_devices=2,
         tasks=TasksConfig(
             wordmath=WordMathConfig(difficulties=(2,), demonstrations=60),
-            ledger=LedgerConfig(difficulties=(2,), noise=0.1, demonstrations=60),
+            ledger=LedgerConfig(difficulties=(2,), noise=0.02, demonstrations=1000),
         ),
-        tokenizer=TokenizerConfig(vocab_size=400, texts=60),
-        model=ModelConfig(vocab_size=400, d_model=32, layers=2, heads=2, kv_heads=1, head_dim=16, d_ff=64),
+        tokenizer=TokenizerConfig(vocab_size=640, texts=200),
+        model=ModelConfig(vocab_size=640, d_model=48, layers=2, heads=4, kv_heads=4, head_dim=16, d_ff=64),
         sampler=dataclasses.replace(SamplerConfig(), slots=16, context=256),
-        rollout=RolloutConfig(max_turn_tokens=24, interpreter_workers=1),
+        rollout=RolloutConfig(max_turn_tokens=64, interpreter_workers=1),
         sft=SftConfig(
-            steps=60,
-            rows=4,
-            micro_rows=2,
-            save_every=10,
+            mistake_rate=0.05,
+            steps=150,
+            rows=8,
+            micro_rows=4,
+            save_every=30,
             optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5, schedule="cosine"),
         ),
         algo=elpo(search=SearchConfig(budget=6, buffer=2), kl=0.01),
