@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 import jax
 
-from elpo_jax.config import Config, ConfigError, differences, load, override, to_json
+from elpo_jax.config import Config, ConfigError, differences, to_json
+from elpo_jax.overrides import load, override
 from elpo_jax.policy.loss import make_logprobs, make_loss
 from elpo_jax.policy.recipes import Recipe
 from elpo_jax.report.log import MetricsLog, read_json, read_metrics, write_json
@@ -113,9 +114,7 @@ def last_state(checkpoints: Checkpoints, blank: TrainState, mesh, meta: dict) ->
         raise CheckpointError(
             "the checkpoint was trained with another tokenizer than the run folder's tokenizer.model: restore that file"
         )
-    changed = differences(
-        {key: saved.get(key) for key in ("stage", "config")}, {k: meta[k] for k in ("stage", "config")}
-    )
+    changed = differences(*({key: of.get(key) for key in ("stage", "config")} for of in (saved, meta)))
     if changed:
         raise CheckpointError(
             f"checkpoint {saved['step']} in {checkpoints.directory} is not this run's ({'; '.join(changed[:4])}): move "

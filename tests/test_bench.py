@@ -26,6 +26,7 @@ def test_every_bench_prints_one_json_line_per_measurement():
     assert len({(line["bench"], line["case"]) for line in lines}) == 4
     for line in lines:
         assert line["unit"] == "tokens/s" and line["runs"] == 3 and line["seed"] == 5
+        assert {"commit", "processor", "devices", "jax"} <= set(line), "a figure says where it was made"
         assert line["value"] > 0 and line["against"] > 0
         assert line["ratio"] == pytest.approx(line["value"] / line["against"], rel=1e-2)
 

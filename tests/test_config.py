@@ -16,10 +16,9 @@ from elpo_jax.config import (
     TasksConfig,
     TokenizerConfig,
     differences,
-    load,
-    override,
     to_json,
 )
+from elpo_jax.overrides import load, override
 from elpo_jax.policy.recipes import elpo, grpo
 
 
@@ -146,8 +145,8 @@ def test_values_that_a_file_gives_are_of_the_type_of_their_field(config, message
 
 
 def test_an_int_is_a_number():
-    Config(eval=EvalConfig(temperature=1)).check()
-    Config(algo=elpo(eps_elc=0)).check()
+    for config in (Config(eval=EvalConfig(temperature=1)), Config(algo=elpo(eps_elc=0))):
+        assert config.check() is config
 
 
 @pytest.mark.parametrize(
@@ -160,14 +159,16 @@ def test_an_int_is_a_number():
         ("Config(algo=elpo(search='binary'))", "'str' object has no attribute 'localizer'"),
     ],
 )
-def test_an_error_of_an_experiment_file_names_its_line_and_keeps_its_words(tmp_path, expression, message):
+def test_an_error_of_an_experiment_file_names_its_line_and_keeps_its_words(tmp_path, monkeypatch, expression, message):
     file = tmp_path / "experiment.py"
+    monkeypatch.chdir(tmp_path)
     imports = "from elpo_jax.config import Config\nfrom elpo_jax.policy.recipes import elpo\n"
     for text, line in ((f"{imports}def get_config():\n    return {expression}\n", 4), (f"{imports}{expression}\n", 3)):
         file.write_text(text)
-        with pytest.raises(ConfigError, match=rf"experiment\.py, line {line}: .*{message}") as error:
-            load(str(file))
-        assert error.value.__cause__ is not None, "who calls load from Python can see where it came from"
+        for path in (str(file), "experiment.py"):
+            with pytest.raises(ConfigError, match=rf"experiment\.py, line {line}: .*{message}") as error:
+                load(path)
+            assert error.value.__cause__ is not None, "who calls load from Python can see where it came from"
     file.write_text("def get_config(seed):\n    pass\n")
     with pytest.raises(ConfigError, match=r"experiment\.py: .*missing 1 required"):
         load(str(file))

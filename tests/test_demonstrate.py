@@ -6,7 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from elpo_jax.config import Config, ConfigError, override
+from elpo_jax.config import Config, ConfigError
+from elpo_jax.overrides import override
 from elpo_jax.tasks.base import Grade, Task
 from elpo_jax.tasks.wordmath import REPAIRS, WordMath
 from elpo_jax.text.chat import ChatFormat, Message

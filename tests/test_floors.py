@@ -10,7 +10,8 @@ PACKAGE = ROOT / "elpo_jax"
 
 # From the ground up. A module may import from its own floor and from those before it.
 FLOORS = ["tools", "text", "tasks", "trees", "model", "policy", "rollout", "report", "train"]
-# The log is the one thing of report/ that the loops use; config.py stands beside the loops, whose numbers it holds.
+# The log is the one thing of report/ that the loops use; config.py and overrides.py stand beside the loops, whose
+# numbers they hold.
 LOG = {"elpo_jax.report.log", "elpo_jax.report.progress", "elpo_jax.report.text"}
 WITHOUT_JAX = ["tools", "text", "tasks", "trees", "policy/credit.py", "policy/recipes.py", "model/config.py"]
 BANNED = {"torch", "transformers", "tensorflow", "pickle"}
@@ -39,7 +40,7 @@ def offence(module, imported):
     if not imported.startswith("elpo_jax."):
         return None
     floor, other = (name.split(".")[1] for name in (module, imported))
-    floor, other = ("train" if name == "config" else name for name in (floor, other))
+    floor, other = ("train" if name in ("config", "overrides") else name for name in (floor, other))
     if FLOORS.index(other) > FLOORS.index(floor):
         return f"{module} imports {imported}"
     if floor == "train" and other == "report" and not any(imported.startswith(log) for log in LOG):

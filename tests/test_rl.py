@@ -1,12 +1,17 @@
 """The policy-gradient loop's figures: what a row of its log says of trees and updates."""
 
+import types
+
 import numpy as np
 import pytest
 from factories import make_tree
 
+from elpo_jax.config import RlConfig
 from elpo_jax.policy.credit import assign
 from elpo_jax.policy.recipes import elpo
+from elpo_jax.report.log import MetricsLog, read_metrics
 from elpo_jax.tools.base import InfrastructureError, Status
+from elpo_jax.train import rl
 from elpo_jax.train.rl import rollout_metrics, stop_if_truncated, update_metrics
 from elpo_jax.trees.tree import Probe, SearchRecord
 
@@ -60,3 +65,24 @@ def test_a_tree_that_our_failures_ended_stops_the_run_with_a_remedy():
     cut = make_tree([(None, 0, 1, False)], infrastructure_failures=9, truncated=True)
     with pytest.raises(InfrastructureError, match=r"9 attempts at 1 of 2 prompts .*--resume"):
         stop_if_truncated([whole, cut])
+
+
+def test_the_loop_neither_trains_on_a_cut_tree_nor_records_it(monkeypatch, tmp_path):
+    cut = make_tree([(None, 0, 1, False), (None, 0, 1, True)], infrastructure_failures=9, truncated=True)
+    monkeypatch.setattr(rl, "collect", lambda tasks, *rest, **more: [cut] * len(tasks))
+    learner = types.SimpleNamespace(
+        first_task=0,
+        seed=0,
+        temperature=1.0,
+        environment=None,
+        stream=types.SimpleNamespace(task=lambda split, n: n),
+        sampler=types.SimpleNamespace(load=lambda params, version: None),
+        step_fn=lambda *_: pytest.fail("trained on it"),
+    )
+    state, log = types.SimpleNamespace(params=None), MetricsLog(tmp_path / "metrics.jsonl")
+    with pytest.raises(InfrastructureError, match="--resume"):
+        rl.train_rl(
+            RlConfig(prompts=2, updates=1), elpo(), learner, state, start=0, meta={}, log=log, dumps=tmp_path / "dumps",
+            checkpoints=types.SimpleNamespace(save=lambda *_: pytest.fail("saved it")),
+        )  # fmt: skip
+    assert not (tmp_path / "dumps").exists() and read_metrics(tmp_path / "metrics.jsonl") == []

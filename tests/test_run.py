@@ -8,12 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
+import tiny
 from conftest import ROOT
 
 from elpo_jax.tools.base import InfrastructureError
+from elpo_jax.train.checkpoint import CheckpointError
+from elpo_jax.train.provenance import versions
 from experiments import run
 
 
@@ -64,6 +68,7 @@ def test_the_first_update_sees_the_samplers_own_policy(tiny_run):
         rows = [json.loads(line) for line in (tiny_run / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [1, 2, 3]
         assert all(row["loss/first_ratio_deviation_max"] < 1e-4 for row in rows)
+        assert all(0 < row["rollout/slot_use"] < 1 for row in rows)
         assert all(row["grad_norm"] > 0 and row["loss/tokens"] > 0 for row in rows), "else a resumed run proves little"
 
 
@@ -109,6 +114,49 @@ def test_a_checkpoint_says_what_it_is_and_is_not_taken_for_another_stages(tiny_r
     shutil.copytree(workdir / "elpo/checkpoints", workdir / "grpo/checkpoints")
     code, _, errors = finish(start(workdir, "--resume"))
     assert code == 2 and "stage: 'elpo' -> 'grpo'" in errors and "move it out" in errors, errors
+
+
+def test_a_stage_goes_on_from_its_own_checkpoint_alone(capsys):
+    meta = {"stage": "elpo", "config": {"seed": 0}, "tokenizer": "abc"}
+    saved = meta | {"step": 3, "versions": versions()}
+
+    def go_on(**changes):
+        kept = types.SimpleNamespace(directory="D", latest=lambda: 3, restore=lambda *_: ("state", saved | changes))
+        return run.last_state(kept, "blank", None, meta)
+
+    assert go_on() == ("state", 3) and capsys.readouterr().out == ""
+    for changes, words in (
+        ({"stage": "grpo"}, "stage: 'grpo' -> 'elpo'"),
+        ({"config": {"seed": 1}}, "config.seed: 1 -> 0"),
+        ({"tokenizer": "abd"}, "another tokenizer"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            go_on(**changes)
+    assert go_on(versions=versions() | {"jax": "0.1"}) == ("state", 3)
+    assert "jax: '0.1' -> " in capsys.readouterr().out, "other versions are said, not refused"
+    assert run.last_state(types.SimpleNamespace(latest=lambda: None), "blank", None, meta) == ("blank", 0)
+
+
+def test_every_split_is_measured_on_its_own_tasks(monkeypatch, tmp_path):
+    met = {}
+
+    def evaluate(name, tasks, protocol, *rest):
+        met[protocol.split] = {family: [task.split("/")[:2] for task in members] for family, members in tasks.items()}
+        figure = {"value": 0.5, "ci": [0.4, 0.6]}
+        figures = {"avg@2": 0.5, "ci": [0.4, 0.6], "pass@2": figure, "maj@2": figure, "tool_calls": 1.0, "tokens": 9.0}
+        return {"families": dict.fromkeys(tasks, figures), "protocol": {"split": protocol.split}}
+
+    monkeypatch.setattr(run, "evaluate", evaluate)
+    stream = types.SimpleNamespace(
+        families={"wordmath": None, "ledger": None}, family_task=lambda family, split, i: f"{family}/{split}/{i}"
+    )
+    sampler, state = types.SimpleNamespace(load=lambda *_, **__: None), types.SimpleNamespace(params=None, step=0)
+    run.measure(tiny.get_config(), tmp_path, "sft", state, None, sampler, stream)
+    for split, count in (("test", 3), ("validation", 2)):
+        assert met[split] == {family: [[family, split]] * count for family in ("wordmath", "ledger")}
+    written = json.loads((tmp_path / "eval/sft.json").read_text())
+    assert written["protocol"]["split"] == "test" and written["validation"]["protocol"]["split"] == "validation"
+    assert written["protocol_line"].startswith("test split, 3 tasks")
 
 
 def test_a_finished_run_resumes_to_the_same_results(tiny_run, start):

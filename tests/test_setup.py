@@ -6,7 +6,8 @@ import types
 
 import pytest
 
-from elpo_jax.config import Config, ConfigError, override, to_json
+from elpo_jax.config import Config, ConfigError, to_json
+from elpo_jax.overrides import override
 from elpo_jax.train import provenance
 from elpo_jax.train.setup import check_prompts, open_workdir
 

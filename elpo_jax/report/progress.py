@@ -16,8 +16,7 @@ from rich.text import Text
 from elpo_jax.report.text import printable
 
 PLAIN_SECONDS = 10.0  # between two plain lines
-RATE_SECONDS = 30.0  # rates and the time left are measured over at least this much of the past
-RATE_STEPS = 3  # and over at least so many whole steps, for a step may take minutes
+RATE_SECONDS = 30.0  # rates and the time left are measured over at least this much of the past, and one whole step
 
 
 def duration(seconds: float) -> str:
@@ -115,7 +114,7 @@ class Progress:
         if step > self._step:
             self._step = step
             self._past.append((now, step, dict(self._totals)))
-            while now - self._past[1][0] >= RATE_SECONDS and step - self._past[1][1] >= RATE_STEPS:
+            while now - self._past[1][0] >= RATE_SECONDS:
                 self._past.popleft()
         if self._bar is not None:
             self._bar.update(self._task, completed=step)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 ORDER = ("sft", "grpo", "elpo")  # of the algorithms, in every table and chart; others follow by name
-_RULES = (("Checker", "checker"), ("Ties in maj@k", "majority_ties"))
 _HIGHLIGHTS = (  # of the config, worth seeing at once
     *("tasks.families", "tasks.wordmath.difficulties", "tasks.ledger.difficulties", "tasks.ledger.noise"),
     *("model.layers", "model.d_model", "model.vocab_size", "sampler.context", "rollout.temperature"),
@@ -79,9 +78,9 @@ def result_tables(results: Mapping[str, Any], evaluations: Mapping[str, Mapping[
       evaluations: eval/NAME.json by NAME.
 
     Returns:
-      {"protocol", "rules": how an answer is judged, "families": [{"name", "rows": [row]}], "validation": {"protocol",
-      "families"} of the other split, "budget": [row], "seconds", "reading": [sentence]}; a row of a family is {"name",
-      "n", "tool_calls", "tokens", "metrics": [{"name", "value", "ci"}]}.
+      {"protocol", "families": [{"name", "rows": [row]}], "validation": {"protocol", "families"} of the other split,
+      "budget": [row], "seconds", "reading": [sentence]}; a row of a family is {"name", "n", "tool_calls", "tokens",
+      "metrics": [{"name", "value", "ci"}]}.
     """
     families = {name: dict(rows) for name, rows in (results.get("families") or {}).items()}
     for algorithm, evaluation in evaluations.items():
@@ -96,11 +95,8 @@ def result_tables(results: Mapping[str, Any], evaluations: Mapping[str, Mapping[
     protocol = results.get("protocol") or next((_protocol(e) for e in evaluations.values()), {})
     tables = _tables(families)
     budget, seconds = results.get("budget") or {}, results.get("seconds") or {}
-    line = protocol_line(protocol)
-    rules = [(name, _text(protocol[key])) for name, key in _RULES if key in protocol]
     return {
-        "protocol": line,
-        "rules": [[name, text] for name, text in rules if text not in line],
+        "protocol": protocol_line(protocol),
         "families": tables,
         "validation": {
             "protocol": next((line for v in validations.values() if (line := protocol_line(_protocol(v)))), ""),

@@ -41,7 +41,7 @@ function drawHeader(data) {
 }
 
 function drawResults(data) {
-  const { families, validation, budget, seconds: times, protocol, rules, reading } = data.results;
+  const { families, validation, budget, seconds: times, protocol, reading } = data.results;
   const section = byId("results");
   if (!families.length && !budget.length) {
     section.append(h("p", { class: "empty" }, "There are no results yet: the run has not reached its evaluation."));
@@ -60,14 +60,6 @@ function drawResults(data) {
   if (validation.families.length)
     section.append(
       ...captioned("Validation", `in %, with interval. ${validation.protocol}`, resultTable(validation.families)),
-    );
-  if (rules.length)
-    section.append(
-      h(
-        "p",
-        { class: "protocol rules" },
-        rules.map(([name, text]) => h("span", {}, h("b", {}, `${name} `), text)),
-      ),
     );
   if (budget.length)
     section.append(
