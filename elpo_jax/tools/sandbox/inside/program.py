@@ -1,0 +1,102 @@
+"""Runs one program in the process made for it, as `python file.py` would, and ends that process.
+
+All of this is in the program's reach: it may replace, patch or lie to whatever it finds here. So nothing here decides
+anything: how the program ended, what it used and printed is seen from outside.
+"""
+
+import ast
+import atexit
+import linecache
+import os
+import sys
+import threading
+import traceback
+import types
+from typing import NoReturn
+
+NAME = "<code>"
+
+
+def main(code: bytes, mode: str, report: int) -> NoReturn:
+    """Runs `code` and exits with its exit code.
+
+    Args:
+      code: UTF-8, or not.
+      mode: "script", or "notebook" to print the value of a final expression.
+      report: Descriptor for the name of the exception that ended it, on a line, and a second line "memory" if it was
+        one of the kind MemoryError.
+    """
+    status = 0
+    try:
+        status = _run(code, mode)
+    except MemoryError as error:
+        _report(report, error)
+        status = 1
+        _print(error)
+    except BaseException as error:
+        _report(report, error)
+        status = 1
+        _print(error)
+    try:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except BaseException:
+        status = status or 1
+    os._exit(status)
+
+
+def _run(code: bytes, mode: str) -> int:
+    """The program's exit code, if no exception ends it."""
+    text = code.decode("utf-8", "surrogatepass")
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    linecache.cache[NAME] = (len(text), None, text.splitlines(keepends=True), NAME)  # for tracebacks and inspect
+    try:
+        if mode == "notebook":
+            _run_notebook(text, module.__dict__)
+        else:
+            exec(compile(text, NAME, "exec", dont_inherit=True), module.__dict__)
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return (stop.code or 0) & 0xFF
+        print(stop.code, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run_notebook(text: str, scope: dict) -> None:
+    tree = ast.parse(text, NAME)
+    last = tree.body[-1] if tree.body else None
+    if not isinstance(last, ast.Expr) or _is_print(last.value):
+        exec(compile(tree, NAME, "exec", dont_inherit=True), scope)
+        return
+    tree.body.pop()
+    exec(compile(tree, NAME, "exec", dont_inherit=True), scope)
+    value = eval(compile(ast.Expression(last.value), NAME, "eval", dont_inherit=True), scope)
+    if value is not None:
+        print(repr(value))
+
+
+def _is_print(value: ast.expr) -> bool:
+    return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "print"
+
+
+def _report(report: int, error: BaseException) -> None:
+    try:
+        memory = "memory\n" if isinstance(error, MemoryError) else ""
+        os.write(report, f"{type(error).__name__[:64]}\n{memory}".encode("utf-8", "replace"))
+    except BaseException:
+        os.write(report, b"Exception\n")
+
+
+def _print(error: BaseException) -> None:
+    """The traceback on stderr, from the program's own first frame on."""
+    try:
+        frame = error.__traceback__
+        while frame is not None and frame.tb_frame.f_code.co_filename != NAME:
+            frame = frame.tb_next
+        traceback.print_exception(type(error), error, frame)
+    except BaseException:  # the program's own __str__, or no memory left
+        os.write(2, b"Exception\n")

@@ -1,0 +1,301 @@
+"""The filter of system calls: an allow-list for x86-64 and aarch64, as a BPF program.
+
+Everything that is not named here fails with EPERM, so a call that a later kernel adds is refused until somebody has
+thought about it. What remains lets a program compute, use its descriptors, its scratch folder and its own threads; it
+cannot create processes, open sockets, signal or limit anyone else, or ask the kernel for more attack surface than that.
+"""
+
+import errno
+import platform
+import struct
+
+# name: (x86-64, aarch64); None where the architecture has no such call.
+_FREE = {
+    # descriptors and files
+    "read": (0, 63),
+    "write": (1, 64),
+    "close": (3, 57),
+    "stat": (4, None),
+    "fstat": (5, 80),
+    "lstat": (6, None),
+    "poll": (7, None),
+    "lseek": (8, 62),
+    "pread64": (17, 67),
+    "pwrite64": (18, 68),
+    "readv": (19, 65),
+    "writev": (20, 66),
+    "access": (21, None),
+    "pipe": (22, None),
+    "select": (23, None),
+    "dup": (32, 23),
+    "dup2": (33, None),
+    "sendfile": (40, 71),
+    "flock": (73, 32),
+    "fsync": (74, 82),
+    "fdatasync": (75, 83),
+    "ftruncate": (77, 46),
+    "getdents": (78, None),
+    "getcwd": (79, 17),
+    "chdir": (80, 49),
+    "fchdir": (81, 50),
+    "rename": (82, None),
+    "mkdir": (83, None),
+    "rmdir": (84, None),
+    "creat": (85, None),
+    "link": (86, None),
+    "unlink": (87, None),
+    "symlink": (88, None),
+    "readlink": (89, None),
+    "umask": (95, 166),
+    "statfs": (137, 43),
+    "fstatfs": (138, 44),
+    "getxattr": (191, 8),
+    "lgetxattr": (192, 9),
+    "fgetxattr": (193, 10),
+    "listxattr": (194, 11),
+    "llistxattr": (195, 12),
+    "flistxattr": (196, 13),
+    "getdents64": (217, 61),
+    "fadvise64": (221, 223),
+    "epoll_create": (213, None),
+    "epoll_wait": (232, None),
+    "epoll_ctl": (233, 21),
+    "mkdirat": (258, 34),
+    "newfstatat": (262, 79),
+    "unlinkat": (263, 35),
+    "renameat": (264, 38),
+    "linkat": (265, 37),
+    "symlinkat": (266, 36),
+    "readlinkat": (267, 78),
+    "faccessat": (269, 48),
+    "pselect6": (270, 72),
+    "ppoll": (271, 73),
+    "splice": (275, 76),
+    "tee": (276, 77),
+    "epoll_pwait": (281, 22),
+    "timerfd_create": (283, 85),
+    "eventfd": (284, None),
+    "fallocate": (285, 47),
+    "timerfd_settime": (286, 86),
+    "timerfd_gettime": (287, 87),
+    "eventfd2": (290, 19),
+    "epoll_create1": (291, 20),
+    "dup3": (292, 24),
+    "pipe2": (293, 59),
+    "preadv": (295, 69),
+    "pwritev": (296, 70),
+    "renameat2": (316, 276),
+    "copy_file_range": (326, 285),
+    "preadv2": (327, 286),
+    "pwritev2": (328, 287),
+    "statx": (332, 291),
+    "close_range": (436, 436),
+    "faccessat2": (439, 439),
+    "epoll_pwait2": (441, 441),
+    # memory
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "munmap": (11, 215),
+    "brk": (12, 214),
+    "mremap": (25, 216),
+    "msync": (26, 227),
+    "mincore": (27, 232),
+    "madvise": (28, 233),
+    # its own signals, timers and threads
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "sched_yield": (24, 124),
+    "pause": (34, None),
+    "nanosleep": (35, 101),
+    "getitimer": (36, 102),
+    "alarm": (37, None),
+    "setitimer": (38, 103),
+    "exit": (60, 93),
+    "wait4": (61, 260),
+    "rt_sigpending": (127, 136),
+    "rt_sigtimedwait": (128, 137),
+    "rt_sigsuspend": (130, 133),
+    "sigaltstack": (131, 132),
+    "arch_prctl": (158, None),
+    "futex": (202, 98),
+    "sched_getaffinity": (204, 123),
+    "set_tid_address": (218, 96),
+    "restart_syscall": (219, 128),
+    "timer_create": (222, 107),
+    "timer_settime": (223, 110),
+    "timer_gettime": (224, 108),
+    "timer_getoverrun": (225, 109),
+    "timer_delete": (226, 111),
+    "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115),
+    "exit_group": (231, 94),
+    "waitid": (247, 95),
+    "set_robust_list": (273, 99),
+    "get_robust_list": (274, 100),
+    "membarrier": (324, 283),
+    "rseq": (334, 293),
+    # what it may know
+    "getpid": (39, 172),
+    "uname": (63, 160),
+    "gettimeofday": (96, 169),
+    "getrlimit": (97, 163),
+    "getrusage": (98, 165),
+    "sysinfo": (99, 179),
+    "times": (100, 153),
+    "getuid": (102, 174),
+    "getgid": (104, 176),
+    "geteuid": (107, 175),
+    "getegid": (108, 177),
+    "getppid": (110, 173),
+    "getpgrp": (111, None),
+    "getgroups": (115, 158),
+    "getresuid": (118, 148),
+    "getresgid": (120, 150),
+    "getpgid": (121, 155),
+    "getsid": (124, 156),
+    "getpriority": (140, 141),
+    "sched_getparam": (143, 121),
+    "sched_getscheduler": (145, 120),
+    "sched_get_priority_max": (146, 125),
+    "sched_get_priority_min": (147, 126),
+    "setrlimit": (160, 164),  # only ever downwards, and only its own
+    "gettid": (186, 178),
+    "time": (201, None),
+    "getcpu": (309, 168),
+    "getrandom": (318, 278),
+    # a connected pair of its own, as asyncio needs
+    "socketpair": (53, 199),
+    "recvfrom": (45, 207),
+    "shutdown": (48, 210),
+    "getsockname": (51, 204),
+    "getpeername": (52, 205),
+    "getsockopt": (55, 209),
+}
+
+# Only where all the files that could be reached are the program's own: Landlock does not govern these.
+_OWN_FILES = {
+    "truncate": (76, 45),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+}
+
+_SELF = "self"  # stands for the process's own id
+_ANY = 0xFFFFFFFF
+
+# Allowed if one of the alternatives holds; an alternative is a list of (argument, mask, value) that must all hold.
+_CLONE_THREAD = 0x00010000
+_O_ACCMODE, _O_TRUNC = 0x3, 0x200
+# Truncating by a descriptor opened for reading: older Landlock takes it for a mere read.
+_OPENS = [[(None, _O_TRUNC, 0)], [(None, _O_ACCMODE, 1)], [(None, _O_ACCMODE, 2)]]
+
+
+def _opens(argument: int) -> list:
+    return [[(argument, mask, value) for _, mask, value in alternative] for alternative in _OPENS]
+
+
+def _either(argument: int, *values: int) -> list:
+    return [[(argument, _ANY, value)] for value in values]
+
+
+_IF = {
+    "open": ((2, None), _opens(1)),
+    "openat": ((257, 56), _opens(2)),
+    "clone": ((56, 220), [[(0, _CLONE_THREAD, _CLONE_THREAD)]]),
+    "kill": ((62, 129), _either(0, _SELF)),
+    "tgkill": ((234, 131), _either(0, _SELF)),
+    "rt_sigqueueinfo": ((129, 138), _either(0, _SELF)),
+    "prlimit64": ((302, 261), _either(0, 0, _SELF)),
+    # No destination: the pair is connected, and an address could name a socket of somebody else.
+    "sendto": ((44, 206), [[(4, _ANY, 0), (4.5, _ANY, 0)]]),
+    # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+    "ioctl": ((16, 29), _either(1, 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),
+    # All but those that send signals, take leases or enlarge pipes.
+    "fcntl": ((72, 25), _either(1, 0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)),
+    # PR_GET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_GET_SECCOMP, PR_GET_NO_NEW_PRIVS, and naming of memory for malloc
+    "prctl": ((157, 167), _either(0, 3, 15, 16, 21, 39, 0x53564D41)),
+}
+
+# Where the C library then falls back on a call that can be filtered.
+_ABSENT = {"clone3": (435, 435), "openat2": (437, 437)}
+
+_ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+_X32 = 0x40000000
+
+_LOAD, _AND, _JEQ, _JGE, _RET = 0x20, 0x54, 0x15, 0x35, 0x06
+_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+
+
+class Filter:
+    """The BPF program of this machine's architecture.
+
+    Args:
+      own_files: Whether the program can reach no files but its own, so that their modes and times are its own as well.
+
+    Raises:
+      OSError: If the architecture has no table.
+    """
+
+    def __init__(self, own_files: bool):
+        machine = platform.machine()
+        if machine not in _ARCHITECTURES:
+            raise OSError(errno.ENOSYS, f"no system-call table for {machine}")
+        audit, column = _ARCHITECTURES[machine]
+        self._code: list[tuple[int, int, int, int]] = []
+        self._self_at: list[int] = []
+        self._emit(_LOAD, 4)
+        self._emit(_JEQ, audit, 1, 0)
+        self._emit(_RET, _KILL)
+        self._emit(_LOAD, 0)
+        if machine == "x86_64":
+            self._emit(_JGE, _X32, 0, 1)
+            self._emit(_RET, _KILL)
+        for name, numbers in (_FREE | (_OWN_FILES if own_files else {})).items():
+            self._on(name, numbers[column], [[]])
+        for name, (numbers, alternatives) in _IF.items():
+            self._on(name, numbers[column], alternatives)
+        for numbers in _ABSENT.values():
+            self._emit(_JEQ, numbers[column], 0, 1)
+            self._emit(_RET, _ERRNO | errno.ENOSYS)
+        self._emit(_RET, _ERRNO | errno.EPERM)
+        self._bytes = b"".join(struct.pack("=HBBI", *instruction) for instruction in self._code)
+
+    def program(self, pid: int) -> bytes:
+        """The instructions, 8 bytes each, for the process `pid`."""
+        code = bytearray(self._bytes)
+        for index in self._self_at:
+            struct.pack_into("=I", code, 8 * index + 4, pid)
+        return bytes(code)
+
+    def _emit(self, operation: int, value: int, yes: int = 0, no: int = 0) -> None:
+        self._code.append((operation, yes, no, value))
+
+    def _on(self, name: str, number: int | None, alternatives: list) -> None:
+        if number is None:
+            return
+        blocks = [self._block(conditions) for conditions in alternatives]
+        length = sum(map(len, blocks)) + (1 if alternatives != [[]] else 0)
+        self._emit(_JEQ, number, 0, length)
+        for block in blocks:
+            for operation, yes, no, value in block:
+                if value == _SELF:
+                    self._self_at.append(len(self._code))
+                    value = 0
+                self._emit(operation, value, yes, no)
+        if alternatives != [[]]:
+            self._emit(_RET, _ERRNO | errno.EPERM)  # nothing follows: the number is no longer in the accumulator
+
+    @staticmethod
+    def _block(conditions: list) -> list:
+        """Instructions that allow if all conditions hold and else run to their end."""
+        block = []
+        for done, (argument, mask, value) in enumerate(conditions):
+            left = 3 * (len(conditions) - done) - 2  # to the end: what this and later conditions take, and the return
+            block += [(_LOAD, 0, 0, int(16 + 8 * argument)), (_AND, 0, 0, mask), (_JEQ, 0, left, value)]
+        return [*block, (_RET, 0, 0, _ALLOW)]
