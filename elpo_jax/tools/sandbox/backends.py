@@ -90,6 +90,7 @@ def launch(backend: str, packages: Sequence[str], without: Sequence[str], scratc
         "enter": "namespaces" if backend == "namespaces" else "landlock",
         "layers": layers,
         "packages": [name.replace("-", "_") for name in packages],
+        "names": sorted({path.name.partition(".")[0] for path in site}),
         "keep": [],
         "fds": [],
         "count_threads": True,

@@ -16,7 +16,6 @@ import signal
 import sys
 import tempfile
 import time
-import warnings
 
 PACKAGES_MB = 256  # address space for numpy and the like, which are not loaded when the limit is set
 ENVIRONMENT = {
@@ -37,7 +36,6 @@ def prepare(cpu_s, memory_mb):
     sys.stdout.reconfigure(encoding="utf-8")
     sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.argv = ["<code>"]
-    warnings.simplefilter("ignore")
     random.seed(0)
     sys.meta_path.insert(0, _SeedNumpy)
     _limit(cpu_s, memory_mb)

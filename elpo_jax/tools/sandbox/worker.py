@@ -151,15 +151,18 @@ class LocalWorker:
         kind, _, extra = report.removeprefix(READY).decode("utf-8", "replace").partition("\n")
         kind = kind if _IDENTIFIER.fullmatch(kind) else "Exception" if kind else ""
         cause, number, exit_code = reply["cause"], reply["signal"], reply["exit_code"]
-        near = limits.memory_mb << 20
+        # A machine that is short of memory ends processes without a word. Of a large one the program is to blame.
+        large = reply["max_rss"] - reply["own_rss"] > 0.9 * (limits.memory_mb << 20)
+        if cause == "outside" and not large:
+            raise InfrastructureError("a program's process was killed from outside: is the machine short of memory?")
         status, detail = Status.OK, ""
         if cause in ("cpu", "wall"):
             status, detail = Status.TIMEOUT, cause
         elif cause == "output":
             status, detail = Status.OUTPUT_LIMIT, cause
-        elif cause:
+        elif cause in ("files", "threads"):
             status, detail = Status.ERROR, cause
-        elif (exit_code == 1 and extra == "memory\n") or (number == signal.SIGKILL and reply["max_rss"] > 0.9 * near):
+        elif cause == "outside" or (exit_code == 1 and extra == "memory\n"):
             status, detail = Status.MEMORY, kind
         elif number is not None:
             status, detail = Status.CRASH, _signal_name(number)

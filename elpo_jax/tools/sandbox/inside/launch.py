@@ -4,6 +4,7 @@ Run by file name with the settings as its only argument and the socket to the ho
 environment. This process stays: it waits for the worker and for the host, and if either ends, ends the other's side.
 """
 
+import importlib.machinery
 import json
 import os
 import select
@@ -29,9 +30,26 @@ def main(settings: dict) -> None:
     {"namespaces": _namespaces, "landlock": _landlock, "serve": _serve}[settings["enter"]](settings)
 
 
+class _Packages:
+    """Finds the packages that programs may import, and no others that happen to lie beside them.
+
+    Args:
+      folders: Where to look.
+      names: Of modules and packages.
+    """
+
+    def __init__(self, folders: list[str], names: list[str]):
+        self._folders, self._names = folders, frozenset(names)
+
+    def find_spec(self, name: str, path=None, target=None):
+        if path is None and name in self._names:
+            return importlib.machinery.PathFinder.find_spec(name, self._folders, target)
+        return None
+
+
 def _serve(settings: dict) -> None:
     """What is left to do once this process is where programs may run."""
-    sys.path += settings["site"]
+    sys.meta_path.append(_Packages(settings["site"], settings["names"]))
     zygote.main(settings)
 
 
@@ -100,7 +118,8 @@ def _namespaces(settings: dict) -> None:
     python = settings["python"]
     # Nothing else goes along: where things lie outside is nobody's business in there.
     wanted = {
-        name: settings[name] for name in ("layers", "packages", "site", "scratch", "keep", "fds", "count_threads")
+        name: settings[name]
+        for name in ("layers", "packages", "site", "names", "scratch", "keep", "fds", "count_threads")
     }
     command = [python["executable"], *python["options"], python["script"], json.dumps(wanted | {"enter": "serve"})]
     os.execve(python["executable"], command, python["environment"])

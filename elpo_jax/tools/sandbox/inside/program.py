@@ -15,6 +15,7 @@ import types
 from typing import NoReturn
 
 NAME = "<code>"
+LINE = 300  # characters of a line of a traceback, which may hold a program of one line
 
 
 def main(code: bytes, mode: str, report: int) -> NoReturn:
@@ -60,7 +61,8 @@ def _run(code: bytes, mode: str) -> int:
             exec(compile(text, NAME, "exec", dont_inherit=True), module.__dict__)
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):
-            return (stop.code or 0) & 0xFF
+            code = stop.code or 0
+            return code & 0xFF if -(1 << 63) <= code < 1 << 63 else 0xFF  # as CPython does
         print(stop.code, file=sys.stderr)
         return 1
     return 0
@@ -97,6 +99,8 @@ def _print(error: BaseException) -> None:
         frame = error.__traceback__
         while frame is not None and frame.tb_frame.f_code.co_filename != NAME:
             frame = frame.tb_next
-        traceback.print_exception(type(error), error, frame)
+        for text in traceback.format_exception(type(error), error, frame):
+            for line in text.splitlines():
+                print(line if len(line) <= LINE else f"{line[:LINE]}...", file=sys.stderr)
     except BaseException:  # the program's own __str__, or no memory left
         os.write(2, b"Exception\n")

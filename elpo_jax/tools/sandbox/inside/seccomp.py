@@ -122,11 +122,6 @@ _FREE = {
     "sched_getaffinity": (204, 123),
     "set_tid_address": (218, 96),
     "restart_syscall": (219, 128),
-    "timer_create": (222, 107),
-    "timer_settime": (223, 110),
-    "timer_gettime": (224, 108),
-    "timer_getoverrun": (225, 109),
-    "timer_delete": (226, 111),
     "clock_gettime": (228, 113),
     "clock_getres": (229, 114),
     "clock_nanosleep": (230, 115),
@@ -160,7 +155,6 @@ _FREE = {
     "sched_getscheduler": (145, 120),
     "sched_get_priority_max": (146, 125),
     "sched_get_priority_min": (147, 126),
-    "setrlimit": (160, 164),  # only ever downwards, and only its own
     "gettid": (186, 178),
     "time": (201, None),
     "getcpu": (309, 168),
@@ -189,31 +183,49 @@ _OWN_FILES = {
 _SELF = "self"  # stands for the process's own id
 _ANY = 0xFFFFFFFF
 
-# Allowed if one of the alternatives holds; an alternative is a list of (argument, mask, value) that must all hold.
+# What is done with the first alternative whose conditions (argument, mask, value) all hold; if none, it is refused.
+_LET, _END = "let", "end"
 _CLONE_THREAD = 0x00010000
 _O_ACCMODE, _O_TRUNC = 0x3, 0x200
-# Truncating by a descriptor opened for reading: older Landlock takes it for a mere read.
-_OPENS = [[(None, _O_TRUNC, 0)], [(None, _O_ACCMODE, 1)], [(None, _O_ACCMODE, 2)]]
+_SIGKILL, _RLIMIT_CPU = 9, 0
 
 
-def _opens(argument: int) -> list:
-    return [[(argument, mask, value) for _, mask, value in alternative] for alternative in _OPENS]
+def _either(argument: int, *values: int | str) -> list:
+    return [(_LET, [(argument, _ANY, value)]) for value in values]
 
 
-def _either(argument: int, *values: int) -> list:
-    return [[(argument, _ANY, value)] for value in values]
+def _opens(flags: int) -> list:
+    """No truncating by a descriptor that is opened for reading, which older Landlock takes for a mere read."""
+    return [(_LET, [(flags, _O_TRUNC, 0)]), (_LET, [(flags, _O_ACCMODE, 1)]), (_LET, [(flags, _O_ACCMODE, 2)])]
+
+
+def _signals(number: int) -> list:
+    """Itself alone. SIGKILL ends it here and now, in a way that shows that nobody else sent it."""
+    return [(_END, [(0, _ANY, _SELF), (number, _ANY, _SIGKILL)]), (_LET, [(0, _ANY, _SELF)])]
 
 
 _IF = {
     "open": ((2, None), _opens(1)),
     "openat": ((257, 56), _opens(2)),
-    "clone": ((56, 220), [[(0, _CLONE_THREAD, _CLONE_THREAD)]]),
-    "kill": ((62, 129), _either(0, _SELF)),
-    "tgkill": ((234, 131), _either(0, _SELF)),
-    "rt_sigqueueinfo": ((129, 138), _either(0, _SELF)),
-    "prlimit64": ((302, 261), _either(0, 0, _SELF)),
+    "clone": ((56, 220), [(_LET, [(0, _CLONE_THREAD, _CLONE_THREAD)])]),
+    "kill": ((62, 129), _signals(1)),
+    "tgkill": ((234, 131), _signals(2)),
+    "rt_sigqueueinfo": ((129, 138), _signals(1)),
+    # Limits of its own, downwards; but the kernel's SIGKILL at its CPU limit must come from us. `getrlimit` is in here.
+    "prlimit64": (
+        (302, 261),
+        [
+            (_LET, [(0, _ANY, pid), *condition])
+            for pid in (0, _SELF)
+            for condition in (
+                [(2, _ANY, 0), (2.5, _ANY, 0)],  # only asks
+                *([(1, _ANY, kind)] for kind in range(_RLIMIT_CPU + 1, 16)),
+            )
+        ],
+    ),
+    "setrlimit": ((160, 164), _either(0, *range(_RLIMIT_CPU + 1, 16))),
     # No destination: the pair is connected, and an address could name a socket of somebody else.
-    "sendto": ((44, 206), [[(4, _ANY, 0), (4.5, _ANY, 0)]]),
+    "sendto": ((44, 206), [(_LET, [(4, _ANY, 0), (4.5, _ANY, 0)])]),
     # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
     "ioctl": ((16, 29), _either(1, 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),
     # All but those that send signals, take leases or enlarge pipes.
@@ -228,22 +240,22 @@ _ABSENT = {"clone3": (435, 435), "openat2": (437, 437)}
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 _X32 = 0x40000000
 
-_LOAD, _AND, _JEQ, _JGE, _RET = 0x20, 0x54, 0x15, 0x35, 0x06
+_LOAD, _AND, _JUMP, _JEQ, _JGE, _RET = 0x20, 0x54, 0x05, 0x15, 0x35, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
 
 class Filter:
-    """The BPF program of this machine's architecture.
+    """The BPF program of an architecture.
 
     Args:
       own_files: Whether the program can reach no files but its own, so that their modes and times are its own as well.
+      machine: "x86_64" or "aarch64".
 
     Raises:
       OSError: If the architecture has no table.
     """
 
-    def __init__(self, own_files: bool):
-        machine = platform.machine()
+    def __init__(self, own_files: bool, machine: str = platform.machine()):
         if machine not in _ARCHITECTURES:
             raise OSError(errno.ENOSYS, f"no system-call table for {machine}")
         audit, column = _ARCHITECTURES[machine]
@@ -257,7 +269,7 @@ class Filter:
             self._emit(_JGE, _X32, 0, 1)
             self._emit(_RET, _KILL)
         for name, numbers in (_FREE | (_OWN_FILES if own_files else {})).items():
-            self._on(name, numbers[column], [[]])
+            self._on(name, numbers[column], [(_LET, [])])
         for name, (numbers, alternatives) in _IF.items():
             self._on(name, numbers[column], alternatives)
         for numbers in _ABSENT.values():
@@ -279,23 +291,28 @@ class Filter:
     def _on(self, name: str, number: int | None, alternatives: list) -> None:
         if number is None:
             return
-        blocks = [self._block(conditions) for conditions in alternatives]
-        length = sum(map(len, blocks)) + (1 if alternatives != [[]] else 0)
-        self._emit(_JEQ, number, 0, length)
+        blocks = [self._block(action, conditions) for action, conditions in alternatives]
+        always = alternatives == [(_LET, [])]
+        length = sum(map(len, blocks)) + (not always)
+        if length <= 255:
+            self._emit(_JEQ, number, 0, length)
+        else:  # a conditional jump is too short
+            self._emit(_JEQ, number, 1, 0)
+            self._emit(_JUMP, length)
         for block in blocks:
             for operation, yes, no, value in block:
                 if value == _SELF:
                     self._self_at.append(len(self._code))
                     value = 0
                 self._emit(operation, value, yes, no)
-        if alternatives != [[]]:
+        if not always:
             self._emit(_RET, _ERRNO | errno.EPERM)  # nothing follows: the number is no longer in the accumulator
 
     @staticmethod
-    def _block(conditions: list) -> list:
-        """Instructions that allow if all conditions hold and else run to their end."""
+    def _block(action: str, conditions: list) -> list:
+        """Instructions that act if all conditions hold and else run to their end."""
         block = []
         for done, (argument, mask, value) in enumerate(conditions):
             left = 3 * (len(conditions) - done) - 2  # to the end: what this and later conditions take, and the return
             block += [(_LOAD, 0, 0, int(16 + 8 * argument)), (_AND, 0, 0, mask), (_JEQ, 0, left, value)]
-        return [*block, (_RET, 0, 0, _ALLOW)]
+        return [*block, (_RET, 0, 0, _ALLOW if action == _LET else _KILL)]

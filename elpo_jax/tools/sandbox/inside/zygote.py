@@ -6,6 +6,7 @@ what came through the report pipe. Programs, inputs and outputs go from descript
 process's memory, of which every later program gets a copy.
 """
 
+import builtins
 import contextlib
 import fcntl
 import gc
@@ -25,6 +26,7 @@ from inside import heat, linux, program, scratch, seccomp
 
 HOST = 0  # the socket to the host
 TICK_S = 0.1  # how often a running program is looked at
+WATCH_S = 0.02  # how often where nothing else limits its files and threads
 AWAKE = 0.01  # the least share of a tick's time that a program computes for if it is not asleep
 CORES = os.cpu_count() or 1
 REPORT_BYTES = 256
@@ -46,6 +48,7 @@ class Worker:
         self._keep = sorted(settings["keep"])
         self._count_threads = settings["count_threads"]
         self._pipe = os.pipe()
+        builtins.exit = builtins.quit = sys.exit  # `site` would, which is not loaded
         self.versions = heat.load(settings["packages"])
         self._random = "numpy" in settings["packages"]
         self._filter = seccomp.Filter(own_files="mount" in self._layers) if "seccomp" in self._layers else None
@@ -147,11 +150,12 @@ class Worker:
         for fd in (handle, *by_fd):
             poller.register(fd, select.POLLIN)
         poller.register(HOST, select.POLLHUP)
-        cause, asleep, last, used = "", 0.0, began, 0.0
+        cause, asleep, last, used, watched = "", 0.0, began, 0.0, began
+        tick = WATCH_S if "watch" in self._layers else TICK_S
         ended = False
         while not (ended or cause):
             left = (limits["cpu"] - used) / CORES
-            ready = [fd for fd, _ in poller.poll(max(1.0, 1000 * min(TICK_S, left)))]
+            ready = [fd for fd, _ in poller.poll(max(1.0, 1000 * min(tick, left)))]
             if HOST in ready:
                 os.kill(child, signal.SIGKILL)
                 os._exit(0)
@@ -162,12 +166,18 @@ class Worker:
                     cause = "output"
             ended = handle in ready
             now = time.monotonic()
-            if not (ended or cause) and (now - last >= TICK_S or not ready):
+            if not (ended or cause) and now - watched >= tick and "watch" in self._layers:
+                cause = self._excess(child, limits)
+                watched = time.monotonic()
+            if not (ended or cause) and (now - last >= TICK_S or left < TICK_S):
                 spent = time.clock_gettime(clock)
                 if spent - used < AWAKE * (now - last):
                     asleep += now - last
                 used, last = spent, now
-                cause = self._passed(child, limits, used, asleep, now - began)
+                if used >= limits["cpu"]:
+                    cause = "cpu"
+                elif asleep >= limits["wall"] or now - began >= limits["hard_wall"]:
+                    cause = "wall"
         if cause:
             os.kill(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
@@ -181,14 +191,6 @@ class Worker:
             cause = "cpu"
         return cause, status, usage
 
-    def _passed(self, child: int, limits: dict, used: float, asleep: float, wall: float) -> str:
-        """Which limit a running program has passed, or ""."""
-        if used >= limits["cpu"]:
-            return "cpu"
-        if asleep >= limits["wall"] or wall >= limits["hard_wall"]:
-            return "wall"
-        return self._excess(child, limits) if "watch" in self._layers else ""
-
     def _excess(self, child: int, limits: dict) -> str:
         """What the program has too much of, where nothing but looking at it limits that."""
         with (
@@ -199,18 +201,26 @@ class Worker:
                 return "threads"
         if self._scratch:
             size, count = scratch.usage(self._scratch, limits["files"])
+            size += scratch.deleted(child)
             if size > limits["scratch"] or count > limits["files"]:
                 return "files"
         return ""
 
     def _answer(self, sinks: list["_Sink"], cause: str, status: int, usage, limits: dict, wall: float) -> None:
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        if self._filter is not None and not cause:
+            if number == signal.SIGKILL:
+                cause = "outside"  # a program's own SIGKILL, and it alone, ends as SIGSYS
+            elif number == signal.SIGSYS:
+                number = signal.SIGKILL
         reply = {
             "cause": cause,
             "exit_code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
-            "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
+            "signal": number,
             "cpu_s": usage.ru_utime + usage.ru_stime,
             "wall_s": wall,
             "max_rss": usage.ru_maxrss * 1024,
+            "own_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         head = json.dumps(reply).encode()
         os.write(HOST, struct.pack(">IIII", len(head), *(sink.size for sink in sinks)) + head)
