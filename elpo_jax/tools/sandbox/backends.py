@@ -27,7 +27,7 @@ LAYERS = {
     ),
     "landlock": (
         *("uid", "environment"),
-        *("rlimits", "capabilities", "no_new_privs", "landlock", "close_fds", "seed", "seccomp", "watch"),
+        *("rlimits", "no_new_privs", "landlock", "close_fds", "seed", "seccomp", "watch"),
     ),
     "unsafe": ("environment", "rlimits", "close_fds", "seed", "watch"),
 }

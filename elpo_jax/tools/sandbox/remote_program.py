@@ -86,16 +86,15 @@ def _limit(cpu_s, memory_mb):
         import resource
     except ImportError:
         return
-    wanted = {
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_CPU: math.ceil(time.process_time() + cpu_s) + 1,  # should a program disarm the exact timer
-    }
+    cpu = math.ceil(time.process_time() + cpu_s) + 1
+    # A program may disarm the exact timer, and then learns of the next limit by a signal of its own.
+    wanted = {resource.RLIMIT_CORE: (0, 0), resource.RLIMIT_CPU: (cpu, cpu + 1)}
     with contextlib.suppress(OSError), open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
-        wanted[resource.RLIMIT_AS] = used + ((memory_mb + PACKAGES_MB) << 20)
-    for kind, value in wanted.items():
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        wanted[resource.RLIMIT_AS] = (used + ((memory_mb + PACKAGES_MB) << 20),) * 2
+    for kind, values in wanted.items():
+        most = resource.getrlimit(kind)[1]
+        values = tuple(value if most == resource.RLIM_INFINITY else min(value, most) for value in values)
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(kind, (value, value))
+            resource.setrlimit(kind, values)
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
