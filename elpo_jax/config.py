@@ -117,16 +117,23 @@ class RolloutConfig:
     Attributes:
       temperature: Divides the logits in the sampler and in the trainer.
       max_turn_tokens: Longest turn; a longer one is cut and the attempt fails.
+      sandbox: What isolates model-written programs: "auto" for the strongest that works here, or "namespaces",
+        "landlock", "remote" or, at your own risk, "unsafe" (docs/sandbox.md).
       interpreter_workers: Processes that run model-written programs.
       interpreter_seconds: CPU seconds per program.
-      interpreter_memory_mb: Memory per program.
+      interpreter_memory_mb: Memory per program, beyond what Python and its packages take.
+      interpreter_chars: Longest answer of the interpreter; of a longer one, head and tail are shown.
+      interpreter_traceback: "frames" shows of an error where in the program it arose, "last_line" only what it was.
     """
 
     temperature: float = 1.0
     max_turn_tokens: int = 64
+    sandbox: Literal["auto", "namespaces", "landlock", "remote", "unsafe"] = "auto"
     interpreter_workers: int = 2
     interpreter_seconds: float = 2.0
     interpreter_memory_mb: int = 512
+    interpreter_chars: int = 1000
+    interpreter_traceback: Literal["frames", "last_line"] = "last_line"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +204,7 @@ _BOUNDS = (
     ("rollout.interpreter_workers", 1, math.inf),
     ("rollout.interpreter_seconds", 0.01, math.inf),
     ("rollout.interpreter_memory_mb", 64, math.inf),
+    ("rollout.interpreter_chars", 64, math.inf),
     ("sft.mistake_rate", 0, 1),
     ("sft.slack", 0, math.inf),
     ("sft.steps", 0, math.inf),

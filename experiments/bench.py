@@ -1,7 +1,7 @@
-"""Measurements, one JSON line each:  python -m experiments.bench rollout branch train [--quick] [--devices 2]
+"""Measurements, one JSON line each:  python -m experiments.bench rollout branch train sandbox [--quick] [--devices 2]
 
-Both sides of a comparison run in this process, in turns (A, B, A, B, ...), after a warm-up that compiles everything;
-figures are medians. Rates of a shared machine move by tens of percent, so read the ratios.
+The sides of a comparison run in turns (A, B, A, B, ...), after a warm-up that compiles and starts everything; figures
+are medians. Rates of a shared machine move by tens of percent, so read the ratios.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from elpo_jax.train.provenance import provenance
 from elpo_jax.train.state import init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 from elpo_jax.trees.trajectory import Author, Segment
+from experiments.bench_sandbox import bench_sandbox
 
 TINY = ModelConfig(vocab_size=512, d_model=32, layers=1, heads=2, kv_heads=1, head_dim=16, d_ff=64)
 MODELS = {
@@ -228,7 +229,12 @@ def _example(rng: np.random.Generator, length: int) -> Example:
     )
 
 
-BENCHES = {"rollout": bench_rollout, "branch": bench_branch, "train": bench_train}
+BENCHES = {
+    "rollout": bench_rollout,
+    "branch": bench_branch,
+    "train": bench_train,
+    "sandbox": lambda settings: bench_sandbox(settings.quick, settings.runs),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -243,11 +249,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--runs {options.runs}: a median needs at least 3")
     jax.config.update("jax_num_cpu_devices", options.devices)
     settings = Settings(options.quick, options.seed, options.runs)
-    params = {name: count_params(config) for name, config in settings.models().items()}
-    where = provenance() | {"seed": options.seed, "params": params}
+    params = {"params": {name: count_params(config) for name, config in settings.models().items()}}
+    where = provenance() | {"seed": options.seed}
     for name in options.names:
         for line in BENCHES[name](settings):
-            print(json.dumps(line | where), flush=True)
+            print(json.dumps(line | where | ({} if name == "sandbox" else params)), flush=True)
     return 0
 
 

@@ -58,9 +58,9 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False) -> dict:
                 build_report(workdir)
                 return results
             stack.enter_context(jax.set_mesh(mesh))
-            stream, toolboxes = stack.enter_context(open_tools(config))
+            stream, toolboxes, sandbox = stack.enter_context(open_tools(config))
             tokenizer = build_tokenizer(config, workdir, stream, toolboxes)
-            environment = build_environment(config, tokenizer, stream, toolboxes)
+            environment = build_environment(config, tokenizer, stream, toolboxes, sandbox)
             check_prompts(config, environment, stream)
             sampler = Sampler(config.model, config.sampler, environment.chat.stop_ids, config.seed, mesh)
             sft_optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
@@ -125,10 +125,11 @@ def last_state(checkpoints: Checkpoints, blank: TrainState, mesh, meta: dict) ->
     return state, int(saved["step"])
 
 
-def open_log(folder: pathlib.Path, start: int) -> MetricsLog:
+def open_log(folder: pathlib.Path, start: int, environment: Environment) -> MetricsLog:
     """The stage's metrics, ready for the row after step `start`."""
+    always = {"unsafe_tools": True} if environment.isolation == "unsafe" else {}
     with bad_values_are_config_errors():  # a damaged file
-        log = MetricsLog(folder / "metrics.jsonl")
+        log = MetricsLog(folder / "metrics.jsonl", always)
         log.truncate_after(start)
     return log
 
@@ -151,7 +152,7 @@ def cold_start(
             f"{config.sampler.context} tokens (left out: {failed} that failed, {long} too long), {seconds:.0f} s",
             flush=True,
         )
-    log = open_log(folder, start)
+    log = open_log(folder, start, environment)
     if data is None:
         return state
     return train_sft(
@@ -189,7 +190,9 @@ def reinforce(
 
     def validate(step: int) -> dict[str, float]:
         tasks = held_out(stream, "validation", config.rl.eval_tasks)
-        protocol = protocol_of(config, "validation", config.rl.eval_tasks, config.rl.eval_k, config.rollout.temperature)
+        protocol = protocol_of(
+            config, environment, "validation", config.rl.eval_tasks, config.rl.eval_k, config.rollout.temperature
+        )
         families = evaluate(recipe.name, tasks, protocol, environment, sampler, config.eval.bootstrap)["families"]
         row = {}
         for family, figures in families.items():
@@ -218,7 +221,7 @@ def reinforce(
         start=start,
         meta=meta,
         checkpoints=checkpoints,
-        log=open_log(folder, start),
+        log=open_log(folder, start, environment),
         dumps=folder / "rollouts",
     )
 
@@ -249,7 +252,7 @@ def measure(
         for split, count in counts.items():
             if not count:
                 continue
-            protocol = protocol_of(config, split, count, config.eval.k, config.eval.temperature)
+            protocol = protocol_of(config, environment, split, count, config.eval.k, config.eval.temperature)
             by_split[split] = evaluate(
                 name,
                 held_out(stream, split, count),
@@ -278,7 +281,9 @@ def figures_line(values: dict, k: int) -> str:
     return ", ".join(parts) + f"; {values['tool_calls']:.1f} tool calls and {values['tokens']:.0f} tokens an attempt"
 
 
-def protocol_of(config: Config, split: str, tasks: int, k: int, temperature: float) -> Protocol:
+def protocol_of(
+    config: Config, environment: Environment, split: str, tasks: int, k: int, temperature: float
+) -> Protocol:
     return Protocol(
         split=split,
         tasks_per_family=tasks,
@@ -290,6 +295,7 @@ def protocol_of(config: Config, split: str, tasks: int, k: int, temperature: flo
         noise=config.tasks.ledger.noise,
         max_turn_tokens=config.rollout.max_turn_tokens,
         context=config.sampler.context,
+        isolation=environment.isolation,
     )
 
 

@@ -414,7 +414,7 @@ def tool_step(world: World, position: int, fault: bool, state: ToyState | None, 
         call, result = None, ToolResult(Status.MALFORMED, "Error: the call is not valid JSON.", "json")
         text = text.replace("}}</tool_call>", "}</tool_call>")
     elif fault:
-        status = Status(rng.choice(["error", "timeout", "empty", "unknown_tool", "memory", "output_limit"]))
+        status = Status(rng.choice(["error", "timeout", "empty", "unknown_tool", "memory", "output_limit", "crash"]))
         result = ToolResult(status, f"Error: {status.value} in {name}", "ZeroDivisionError")
     response = Segment(Author.ENVIRONMENT, WORDS.encode(f"<tool_response>{result.text}</tool_response>"))
     return Step(model(text, rng), call, result, response, state, text)

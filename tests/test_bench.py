@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from experiments import bench
+from elpo_jax.tools.sandbox import probes
+from experiments import bench, bench_sandbox
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -29,6 +30,65 @@ def test_every_bench_prints_one_json_line_per_measurement():
         assert {"commit", "processor", "devices", "jax"} <= set(line), "a figure says where it was made"
         assert line["value"] > 0 and line["against"] > 0
         assert line["ratio"] == pytest.approx(line["value"] / line["against"], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(all(probes.available().values()), reason="no sandbox works here")
+def test_the_bench_of_the_sandbox_says_what_was_compared_under_which_limits():
+    done = run("sandbox", "--quick", "--seed", "5")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    skipped = [line for line in lines if "skipped" in line]
+    assert len(skipped) <= 1 and all(line["case"] == "bwrap" and line["skipped"] for line in skipped)
+    lines = [line for line in lines if "skipped" not in line]
+    others = ["subprocess"] if skipped else ["subprocess", "bwrap"]
+    rates = [line for line in lines if line["unit"] == "calls/s"]
+    expected = [(f"print, {n} worker{'s' * (n > 1)}", ["sandbox", other]) for n in (1, 2) for other in others]
+    assert [(line["case"], line["sides"]) for line in rates] == expected
+    for line in rates:
+        assert set(line["p50_ms"]) == set(line["p99_ms"]) == {"sandbox", *others}
+        assert all(0 < line["p50_ms"][side] <= line["p99_ms"][side] for side in line["p50_ms"])
+        assert line["ratio"] == pytest.approx(line["value"] / line["against"], rel=2e-2)
+        assert line["runs"] == 3 and line["calls"]["sandbox"] == 40 and line["program"] == "print(1 + 1)"
+    start, memory, growth = (line for line in lines if line not in rates)
+    assert (start["unit"], memory["unit"], growth["unit"]) == ("ms", "MB", "MB")
+    assert start["value"] == rates[0]["p50_ms"]["sandbox"] and start["against"] == rates[0]["p50_ms"]["subprocess"]
+    assert 20 < memory["value"] < 200, "Python with numpy and sympy takes no less, and a worker is not counted twice"
+    assert len(growth["workers_mb"]) == len(growth["host_mb"]) == 6 and growth["restarts"] == 0
+    for line in lines:
+        assert line["bench"] == "sandbox" and line["seed"] == 5 and "params" not in line
+        assert line["limits"]["cpu_s"] == 5.0 and line["packages"] == ["numpy", "sympy"] and line["workers"] in (1, 2)
+        assert line["isolation"] in ("namespaces", "landlock")
+        assert {"commit", "processor", "cores", "python"} <= set(line), "a figure says where it was made"
+        assert all(isinstance(met, bool) for met in line["targets"].values())
+    assert len({target for line in lines for target in line["targets"]}) == 5
+
+
+def test_the_bench_of_the_sandbox_times_no_program_that_failed():
+    """A worker that answers nonsense quickly would look fast."""
+    with pytest.raises(RuntimeError, match="printed '3"):
+        bench_sandbox._timed(lambda program: "3\n", "print", 4, 2)
+    assert len(bench_sandbox._timed(lambda program: "2\n", "print", 4, 2)) == 4
+
+
+def test_percentiles_are_of_calls_that_were_made():
+    values = [float(n) for n in range(100, 0, -1)]
+    assert [bench_sandbox._percentile(values, q) for q in (1, 50, 99, 100)] == [1.0, 50.0, 99.0, 100.0]
+    assert bench_sandbox._percentile([7.0], 50) == bench_sandbox._percentile([7.0], 99) == 7.0
+
+
+def test_memory_that_processes_share_is_counted_once():
+    """The parts of a page that two processes share add up to the page; two that are one memory are one."""
+    code = "x = bytearray(b'x') * (64 << 20)\nimport os\npid = os.fork()\nprint(flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            process.stdout.readline(), process.stdout.readline()
+            tree = {pid for pid in bench_sandbox._children() if pid >= process.pid}
+            assert process.pid in tree and len(tree) == 2
+            assert 64 < bench_sandbox._pss(tree) < 100
+            assert 32 < bench_sandbox._pss({process.pid}) < 60
+        finally:
+            process.stdin.close()
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ def world(tiny_run):
     """The cold-started policy of the tiny run, with its tools."""
     config = get_config()
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    with open_tools(config) as (stream, toolboxes):
+    with open_tools(config) as (stream, toolboxes, sandbox):
         tokenizer = build_tokenizer(config, tiny_run, stream, toolboxes)
-        environment = build_environment(config, tokenizer, stream, toolboxes)
+        environment = build_environment(config, tokenizer, stream, toolboxes, sandbox)
         optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
         blank = init_state(config.model, optimizer, jax.random.key(0), mesh)
         state, _ = Checkpoints(tiny_run / "sft" / "checkpoints").restore(blank, mesh)

@@ -25,7 +25,7 @@ CHAT = ChatFormat(ByteTokenizer())
 
 @pytest.fixture(scope="module")
 def family():
-    with CodeInterpreter(workers=2) as interpreter:
+    with CodeInterpreter(traceback="last_line") as interpreter:
         yield WordMath(interpreter)
 
 
@@ -197,8 +197,8 @@ def rows_with(noise, context=4096):
     """Demonstration rows of 60 ledger tasks, what was left out, and the transcripts that they were made of."""
     changes = [f"tasks.ledger.noise={noise}", f"sampler.context={context}", "tasks.ledger.demonstrations=60"]
     config = override(Config(), [*changes, "tasks.families=ledger", "tokenizer.kind=byte"])
-    with open_tools(config) as (stream, toolboxes):
-        environment = build_environment(config, ByteTokenizer(), stream, toolboxes)
+    with open_tools(config) as (stream, toolboxes, sandbox):
+        environment = build_environment(config, ByteTokenizer(), stream, toolboxes, sandbox)
         rows, failed, long = demonstration_rows(config, environment, stream)
         tasks = [stream.family_task("ledger", "train", i) for i in range(60)]
         tasks = [dataclasses.replace(task, max_steps=task.difficulty + config.sft.slack) for task in tasks]

@@ -148,14 +148,15 @@ def test_the_protocol_says_everything_that_a_figure_depends_on():
         noise=0.25,
         max_turn_tokens=64,
         context=256,
+        isolation="namespaces",
         checker="exact",
         majority_ties="first",
         interval="95 % bootstrap",
     )
     assert protocol.line() == (
         "test split, 200 tasks per family (wordmath: 2 steps and 1 calls of slack; ledger: 2, 3, 4 steps and 0 calls "
-        "of slack), k=8, temperature 0.6, seed 3, noise 0.25, turn <= 64 tokens, context 256; checker: exact; "
-        "maj@k ties: first; 95 % bootstrap"
+        "of slack), k=8, temperature 0.6, seed 3, noise 0.25, turn <= 64 tokens, context 256; "
+        "isolation of programs: namespaces; checker: exact; maj@k ties: first; 95 % bootstrap"
     )
     others = {"difficulties": {"wordmath": (5,), "ledger": (5,)}, "slack": {"wordmath": 7, "ledger": 7}}
     for name, value in vars(protocol).items():  # no part of it is left out

@@ -44,7 +44,7 @@ def random_world(seed: int, success: float, lost: float):
         if rng.random() < lost:
             return None
         own = int(rng.integers(0, 5))
-        statuses = [Status.OK] * rollout.anchor + [list(Status)[int(i)] for i in rng.integers(0, 8, own)]
+        statuses = [Status.OK] * rollout.anchor + [list(Status)[int(i)] for i in rng.integers(0, 9, own)]
         entropies = rng.random(len(statuses) + 1)
         return make_trajectory(
             statuses,

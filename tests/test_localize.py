@@ -99,7 +99,7 @@ def test_where_nothing_can_follow_the_last_call_its_prefix_needs_no_probe():
 def test_feedback_names_the_first_fault_without_a_probe():
     for status in Status:
         search = make_search("feedback", [OK, status, Status.ERROR])
-        expected = 3 if status in (Status.OK, Status.INFRASTRUCTURE) else 2
+        expected = 3 if status in (Status.OK, Status.SANDBOX_ERROR) else 2
         assert search.result == Localization(expected, False)
         assert search.propose() == ()
     assert make_search("feedback", [OK, OK]).result == Localization(0, False)

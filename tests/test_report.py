@@ -28,6 +28,7 @@ from elpo_jax.report.page import build_report
 from elpo_jax.report.summary import paired_interval, result_tables
 from elpo_jax.report.text import printable
 from elpo_jax.report.trees import Dump, Vocabulary, embedded_trees, prepare, read_dumps
+from elpo_jax.tools.base import Status
 from elpo_jax.trees.serial import tree_from_json, tree_to_json
 from elpo_jax.trees.trajectory import Finish
 from elpo_jax.trees.tree import Leaf, SearchRecord
@@ -266,6 +267,15 @@ def test_a_final_turn_is_named_by_how_the_attempt_ended():
     ready = prepare(tree_to_json(tree, decode_token=str) | {"rl_step": 1}, "elpo", Vocabulary())
     statuses = [[ready["nodes"][i]["status"] for i in leaf["path"]] for leaf in ready["leaves"]]
     assert statuses == [["ok", "answer"], ["ok", "no_calls"], ["ok", "cut"], ["ok"]]
+
+
+def test_every_status_of_a_call_has_a_name_and_an_outline_of_its_own():
+    script = (importlib.resources.files("elpo_jax.report") / "assets" / "tree.js").read_text()
+    for table in ("STATUS_NAMES", "STATUS_PATHS"):
+        (body,) = re.findall(rf"const {table} = {{(.*?)\n}};", script, re.DOTALL)
+        entries = dict(re.findall(r'^  (\w+): "([^"]+)"', body, re.MULTILINE))
+        assert {status.value for status in Status} <= set(entries)
+        assert len(set(entries.values())) == len(entries)
 
 
 def test_the_first_middle_and_last_dump_are_shown_mixed_trees_first(tmp_path):

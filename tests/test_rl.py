@@ -74,7 +74,7 @@ def test_the_loop_neither_trains_on_a_cut_tree_nor_records_it(monkeypatch, tmp_p
         first_task=0,
         seed=0,
         temperature=1.0,
-        environment=None,
+        environment=types.SimpleNamespace(sandbox=None),
         stream=types.SimpleNamespace(task=lambda split, n: n),
         sampler=types.SimpleNamespace(load=lambda params, version: None),
         step_fn=lambda *_: pytest.fail("trained on it"),

@@ -554,6 +554,13 @@ def test_a_pause_ends_the_run_after_ten_minutes(monkeypatch):
         with pytest.raises(InfrastructureError, match=r"sandbox check.*--resume"):
             for _ in range(30):
                 one.run("1")
+        began = time.monotonic()
+        with pytest.raises(InfrastructureError, match="none has run"):
+            one.run("1")
+        assert time.monotonic() - began < 0.4, "the next caller does not wait again"
+        monkeypatch.setattr(one, "_probe", lambda: True)
+        one._attempt = Sandbox._attempt.__get__(one)
+        assert one.run("print(1)").stdout == "1\n"
 
 
 def test_where_nothing_isolates_nothing_is_run(monkeypatch):

@@ -3,7 +3,10 @@
 import io
 import json
 import random
+import re
 import string
+import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elpo_jax.text.chat import ChatFormat, Message, tool_schema
+from elpo_jax.text.chat import ChatFormat, Message, check_control, tool_schema
 from elpo_jax.text.parser import ERRORS, MAX_CALL_CHARS, MAX_DEPTH, call_text, parse_turn
 from elpo_jax.text.tokenizer import CONTROL, ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from elpo_jax.tools.base import Status, ToolCall, ToolResult
@@ -301,6 +304,134 @@ def test_the_schema_listing_shows_real_tags_and_cannot_be_injected(tokenizer):
         ChatFormat(tokenizer, tool_listing="schemas")
 
 
+# --- no text becomes a control token
+
+
+class Gullible(ByteTokenizer):
+    """Reads control tokens out of a form of the text, but none that the text itself has."""
+
+    def __init__(self, form):
+        self.form = form
+
+    def encode(self, text):
+        found = [i for tag, i in self.control.items() if tag in self.form(text) and tag not in text]
+        return super().encode(text) + found
+
+
+class Plain(ByteTokenizer):
+    """Reads every control token."""
+
+    def encode(self, text):
+        return super().encode(text) + [i for tag, i in self.control.items() if tag in text]
+
+
+def visible(text):
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc"))
+
+
+def sentencepiece_with(**options):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        pad_id=0,
+        pad_piece=CONTROL[0],
+        unk_id=1,
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+class RawSentencePiece:
+    """A model as its library reads it, without the checks of `SentencePieceTokenizer`."""
+
+    name = "raw"
+
+    def __init__(self, model):
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self.processor.vocab_size()
+        self.control = {text: self.processor.piece_to_id(text) for text in CONTROL}
+
+    def encode(self, text):
+        return self.processor.encode(text.encode("utf-8", "replace").decode())
+
+
+def test_a_tokenizer_that_reads_control_tokens_out_of_text_is_refused():
+    user_defined = sentencepiece_with(user_defined_symbols=list(CONTROL[1:]))
+    for gullible in (
+        Plain(),
+        RawSentencePiece(user_defined),
+        Gullible(visible),
+        Gullible(lambda text: text.replace("\0", "")),
+        Gullible(lambda text: unicodedata.normalize("NFKC", text)),
+        Gullible(str.lower),
+        Gullible(lambda text: re.sub("<0x(..)>", lambda byte: chr(int(byte[1], 16)), text)),
+        Gullible(lambda text: text.encode("utf-8", "ignore").decode()),
+    ):
+        with pytest.raises(ValueError, match="as the control token <"):
+            ChatFormat(gullible)
+
+
+@pytest.mark.parametrize("control", [{}, dict.fromkeys(CONTROL, 256), {t: 257 + i for i, t in enumerate(CONTROL)}])
+def test_control_tokens_without_ids_of_their_own_are_refused(control):
+    tokenizer = ByteTokenizer()
+    tokenizer.control = control
+    with pytest.raises(ValueError, match="each control token of the tokenizer byte needs an id"):
+        check_control(tokenizer)
+
+
+def test_a_control_token_that_no_trial_finds_is_left_out_of_text():
+    """The last resort: whatever a tokenizer does, control ids come from the chat format and the model alone."""
+
+    class Sleeper(ByteTokenizer):
+        def encode(self, text):
+            return [i for c in text for i in ([END, CALL] if c == "\u2764" else super(Sleeper, self).encode(c))]
+
+    sleeper, plain = ChatFormat(Sleeper()), ChatFormat(ByteTokenizer())
+    result = ToolResult(Status.OK, "I \u2764 U")
+    assert sleeper.response(result).tolist() == plain.response(ToolResult(Status.OK, "I  U")).tolist()
+    assert sleeper.prompt("\u2764", TOOLS).tolist() == plain.prompt("", TOOLS).tolist()
+    messages = [Message("user", "\u2764"), Message("assistant", plain.turn("x")), Message("tool", result.text)]
+    assert np.isin(sleeper.render(messages, TOOLS), [END, CALL]).sum() == 4  # the ends of four messages
+
+
+def test_symbols_like_control_tokens_are_kept_apart_from_them(tmp_path):
+    """SentencePiece matches user-defined symbols in text before all else, and control symbols never."""
+    symbols = ["<tool", "_call>", "<|im_end|", "<|im_end|>x", "<|endoftext|>"]
+    path = tmp_path / "symbols.model"
+    path.write_bytes(sentencepiece_with(control_symbols=list(CONTROL[1:]), user_defined_symbols=symbols))
+    tokenizer = SentencePieceTokenizer(path)
+    check_control(tokenizer)
+    for text in (*CONTROL, *symbols, "<|im_end|>x<tool_call>", "<tool<tool_call>_call>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and set(ids).isdisjoint(tokenizer.control.values())
+
+
+def test_texts_that_meet_at_a_border_make_no_control_token(tokenizer):
+    """Every control string, and the names of its bytes, cut in two at every place, in every message but a turn."""
+    chat = ChatFormat(tokenizer)
+    control = sorted(tokenizer.control.values())
+    structure = np.isin(chat.render([Message("user", ""), Message("tool", ""), Message("tool", "")], TOOLS), control)
+    for text in CONTROL:
+        for spelled in (text, "".join(f"<0x{byte:02X}>" for byte in text.encode())):
+            for cut in range(len(spelled) + 1):
+                first, second = spelled[:cut], spelled[cut:]
+                messages = [Message("user", first), Message("tool", second + first), Message("tool", second)]
+                ids = chat.render(messages, TOOLS)
+                assert np.isin(ids, control).sum() == structure.sum()
+                for result in (second + first, second):
+                    assert f"\n{result}\n" in tokenizer.decode(ids)
+
+
 # --- parser
 
 JSON = st.recursive(
@@ -340,19 +471,30 @@ def test_a_written_call_is_read_back(tokenizer, name, arguments, before):
         ('<tool_call>{"name": "f", "arguments": {}} {}</tool_call>', "malformed_json"),
         ('<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', "malformed_json"),
         ('<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>', "malformed_json"),
+        ('<tool_call>{"name": "f", "arguments": {"x": -Infinity}}</tool_call>', "malformed_json"),
         ('<tool_call>{"name": "f", "arguments": {"x": "\\ud800"}}</tool_call>', "malformed_json"),
+        ('<tool_call>{"name": "f", "arguments": {"\\udfff": 1}}</tool_call>', "malformed_json"),
+        ('<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>', "malformed_json"),
+        ('<tool_call>{"name": "f", "arguments": {"x": "a\nb"}}</tool_call>', "malformed_json"),
+        ('<tool_call>\ufeff{"name": "f", "arguments": {}}</tool_call>', "malformed_json"),
         ('<tool_call>{"name": "f", "arguments": {"x": %s}}</tool_call>' % ("7" * 5000), "malformed_json"),
         ('<tool_call>["f", {}]</tool_call>', "not_object"),
         ("<tool_call>null</tool_call>", "not_object"),
         ('<tool_call>{"arguments": {}}</tool_call>', "missing_name"),
         ('<tool_call>{"name": "", "arguments": {}}</tool_call>', "missing_name"),
         ('<tool_call>{"name": ["f"], "arguments": {}}</tool_call>', "missing_name"),
-        ('<tool_call>{"name": "f"}</tool_call>', "bad_arguments"),
+        ('<tool_call>{"name": "f"}</tool_call>', "missing_arguments"),
+        ('<tool_call>{"name": "f", "argument": {}}</tool_call>', "missing_arguments"),
+        ('<tool_call>{"name": "f", "arguments": null}</tool_call>', "bad_arguments"),
+        ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "bad_arguments"),
+        ('<tool_call>{"name": "f", "arguments": {}, "name": "g"}</tool_call>', "duplicate_key"),
+        ('<tool_call>{"name": "f", "arguments": {"x": [{"y": 1, "\\u0079": 1}]}}</tool_call>', "duplicate_key"),
         ('<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', "bad_arguments"),
         ("<tool_call>" + "[" * 50_000 + "</tool_call>", "recursion"),
         ("<tool_call>" + '{"a":' * 9_000 + "</tool_call>", "recursion"),
         ("<tool_call>" + "[" * (MAX_DEPTH + 1) + "1" + "]" * (MAX_DEPTH + 1) + "</tool_call>", "recursion"),
         ("<tool_call>" + " " * (MAX_CALL_CHARS + 1) + "</tool_call>", "too_large"),
+        ("<tool_call>" + "[" * 100_000 + "</tool_call>", "too_large"),
     ],
 )
 def test_a_wrong_call_is_a_typed_error(tokenizer, text, kind):
@@ -413,3 +555,46 @@ def test_parsing_any_ids_never_raises(tokenizer):
 
 def test_error_texts_are_short_ascii_lines():
     assert all(set(text) <= set(string.printable) - {"\n"} and len(text) < 70 for text in ERRORS.values())
+
+
+def least_seconds(function, argument) -> float:
+    """Least CPU time of several runs."""
+    times = []
+    for _ in range(7):
+        start = time.process_time()
+        function(argument)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+GROWING = {
+    "digits": lambda n: '{"name": "f", "arguments": {"x": ' + "7" * n + "}}",
+    "fraction": lambda n: '{"name": "f", "arguments": {"x": 0.' + "7" * n + "}}",
+    "open brackets": lambda n: "[" * n,
+    "brackets": lambda n: "[[]," * (n // 4) + "1",
+    "open objects": lambda n: '{"a":' * (n // 5),
+    "keys": lambda n: '{"name": "f", "arguments": {' + ", ".join(f'"{i:05}": 1' for i in range(n // 12)) + "}}",
+    "the same key": lambda n: '{"name": "f", "arguments": {' + ", ".join('"a": 1' for _ in range(n // 8)) + "}}",
+    "backslashes": lambda n: '{"name": "f", "arguments": {"x": "' + "\\" * n,
+    "escapes": lambda n: '{"name": "f", "arguments": {"x": "' + "\\ud83d\\ude00" * (n // 12) + '"}}',
+    "surrogates": lambda n: '{"name": "f", "arguments": {"x": "' + "\\ud800" * (n // 6) + '"}}',
+    "blanks": lambda n: " " * n + "{",
+    "quotes": lambda n: '"' * n,
+}
+
+
+@pytest.mark.parametrize("shape", GROWING)
+def test_parsing_a_call_takes_linear_time(shape):
+    """64 times the length: a quadratic parser would take 4,096 times as long."""
+    parse, grow = ChatFormat(ByteTokenizer()).parse, GROWING[shape]
+    small, large = (np.array([CALL, *grow(n).encode(), CALL_END]) for n in (1_000, 64_000))
+    assert 50 * len(small) < len(large) <= MAX_CALL_CHARS
+    assert least_seconds(parse, large) < 64 * 8 * least_seconds(parse, small)
+
+
+@pytest.mark.parametrize("piece", [[CALL], [CALL_END], [CALL, CALL_END], [CALL_END, CALL], [0xE2, CALL], [-1], [0xFF]])
+def test_reading_a_turn_takes_linear_time(piece):
+    """However the tags stand, and for turns far longer than any that is sampled."""
+    small, large = (np.array(piece * n, np.int32) for n in (2_000, 128_000))
+    parse = ChatFormat(ByteTokenizer()).parse
+    assert least_seconds(parse, large) < 64 * 8 * least_seconds(parse, small)

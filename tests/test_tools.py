@@ -224,21 +224,32 @@ def test_calls_that_do_not_fit_are_answered_for_the_model(name, arguments, statu
     assert status is Status.UNKNOWN_TOOL or result.detail == "arguments"
 
 
-def test_our_failures_are_retried_and_never_raised():
-    broken = ToolResult(Status.INFRASTRUCTURE, "", "worker died")
-    world = 7
-    for failures, retries, status, calls in (
-        ([ValueError("bug")], 2, Status.OK, 2),
-        ([InfrastructureError("gone"), broken], 2, Status.OK, 3),
-        ([broken, RecursionError(), KeyError("x")], 2, Status.INFRASTRUCTURE, 3),
-        ([broken], 0, Status.INFRASTRUCTURE, 1),
-    ):
-        tool = Flaky(failures)
-        with ToolBox([tool], retries=retries) as box:
-            ((result, state),) = box.run_many([request("flaky", state=world, n=1)])
-        assert (result.status, tool.calls) == (status, calls)
-        assert state == (8 if status is Status.OK else 7)
-        assert status is Status.OK or result.detail in ("KeyError: 'x'", "worker died")
+class Unprintable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+@pytest.mark.parametrize(
+    ("failures", "retries", "status", "calls", "detail"),
+    [
+        ([ValueError("bug")], 2, Status.OK, 2, ""),
+        ([InfrastructureError("gone"), "no result"], 2, Status.OK, 3, ""),
+        ([MemoryError(), RecursionError(), KeyError("x")], 2, Status.SANDBOX_ERROR, 3, "KeyError: 'x'"),
+        (["no result"], 0, Status.SANDBOX_ERROR, 1, "TypeError: it answered with a str"),
+        ([Unprintable()], 0, Status.SANDBOX_ERROR, 1, "Unprintable"),
+        # The sandbox has tried again already.
+        ([ToolResult(Status.SANDBOX_ERROR, "", "worker died")], 2, Status.SANDBOX_ERROR, 1, "worker died"),
+        ([ValueError("bug"), ToolResult(Status.SANDBOX_ERROR, "", "lost")], 2, Status.SANDBOX_ERROR, 2, "lost"),
+    ],
+)
+def test_a_tool_that_breaks_is_tried_again_and_never_raises(in_process, failures, retries, status, calls, detail):
+    tool = Flaky(failures)
+    tool.in_process = in_process
+    with ToolBox([tool], retries=retries) as box:
+        ((result, state),) = box.run_many([request("flaky", state=7, n=1)])
+    assert (result.status, result.detail, tool.calls) == (status, detail, calls)
+    assert state == (8 if status is Status.OK else 7)  # the world before the call, whatever the tool made of it
 
 
 def test_a_tool_that_answers_with_an_error_is_not_retried():

@@ -88,8 +88,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """A metrics file open for appending: one JSON object a line, each with an integer "step"."""
 
-    def __init__(self, path: str | Path):
-        """Opens `path`, makes its folder, and cuts off a line that a kill left unfinished."""
+    def __init__(self, path: str | Path, always: Mapping[str, Any] | None = None):
+        """Opens `path`, makes its folder, and cuts off a line that a kill left unfinished.
+
+        Args:
+          path: The file.
+          always: Scalars that are added to every row.
+        """
+        self._always = dict(always or {})
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.touch()
@@ -111,7 +117,7 @@ class MetricsLog:
           ValueError: If "step" is missing or not an integer.
           TypeError: If a value is not a scalar.
         """
-        row = finite(row)
+        row = finite({**row, **self._always})
         step = row.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
             raise ValueError(f'a metrics row needs an integer "step", got {step!r}')

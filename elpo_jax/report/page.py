@@ -24,6 +24,11 @@ from elpo_jax.report.text import printable
 from elpo_jax.report.trees import MOST_TREES, Dump, embedded_trees, read_dumps
 
 _SCRIPTS = ("dom.js", "charts.js", "summary.js", "tree.js", "attempt.js", "main.js")  # in order of use
+# What a reader must know before anything else on the page.
+UNSAFE = (
+    "UNSAFE: model-written programs ran without isolation, with all the rights of the user who ran this. They could "
+    "read and change files, so nothing on this page can be trusted more than the programs were."
+)
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
@@ -65,15 +70,16 @@ def payload(workdir: Path) -> dict[str, Any]:
         raise ValueError(f"{workdir} holds nothing that a run writes: give the --workdir of a run")
     if "elpo" in folders and "grpo" not in folders:
         notes.append("There is no GRPO stage, so ELPO has nothing beside it.")
+    metrics = {name: _metrics(folder, notes) for name, folder in folders.items()}
+    if any(row.get("unsafe_tools") for rows in metrics.values() for row in rows):
+        notes.insert(0, UNSAFE)
     dumps, others, torn = read_dumps(folders)
     trees, unreadable = embedded_trees(dumps)
     return {
         "title": workdir.resolve().name,
         "header": header(config or {}, results or {}),
         "results": result_tables(results or {}, evaluations),
-        "curves": curves(
-            {name: _metrics(folder, notes) for name, folder in folders.items()}, validation_line(config or {})
-        ),
+        "curves": curves(metrics, validation_line(config or {})),
         "difficulty": difficulty_charts(evaluations),
         "localization": localization(dumps),
         "notes": notes + torn + unreadable,

@@ -14,6 +14,7 @@ from elpo_jax.rollout.sampler import Completion, Request, Sampler
 from elpo_jax.tasks.base import Family, Task
 from elpo_jax.text.chat import ChatFormat
 from elpo_jax.tools.base import State, Status, ToolResult
+from elpo_jax.tools.sandbox import Sandbox
 from elpo_jax.tools.toolbox import Request as ToolRequest
 from elpo_jax.tools.toolbox import ToolBox
 from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory, segments
@@ -27,6 +28,12 @@ class Environment:
     toolboxes: Mapping[str, ToolBox]  # by family: a tool that a task does not offer is unknown to it
     chat: ChatFormat
     max_turn_tokens: int
+    sandbox: Sandbox | None = None  # where the tools run programs; None where none of them does
+
+    @property
+    def isolation(self) -> str:
+        """What keeps model-written programs apart from this machine; "none needed" where there are none."""
+        return "none needed" if self.sandbox is None else self.sandbox.backend
 
     def prompt(self, task: Task) -> Segment:
         """The opening tokens of a task, up to where the model's first turn begins."""
@@ -129,7 +136,7 @@ def _answer(ended, environment, sampler, live, finished, step) -> None:
         calls.append((attempt, completion.segment, turn, future))
     for attempt, segment, turn, future in calls:
         result, attempt.state = (turn.error, attempt.state) if future is None else future.result()
-        if result.status is Status.INFRASTRUCTURE:
+        if result.status is Status.SANDBOX_ERROR:
             sampler.release(attempt.ticket)
             finished(attempt.start, None)
             continue

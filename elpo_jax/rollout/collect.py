@@ -95,6 +95,6 @@ def sample(
         if len(tree.leaves) < k:
             raise InfrastructureError(
                 f"{tree.infrastructure_failures} attempts at {tree.task.id} were lost to tool failures of ours; "
-                "no accuracy is reported over what is left: check the interpreter and run again"
+                "no accuracy is reported over what is left: see `python -m elpo_jax.tools.sandbox check`, and run again"
             )
     return [[leaf.trajectory for leaf in tree.leaves] for tree in trees]

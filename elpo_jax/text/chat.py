@@ -2,14 +2,14 @@
 
 An attempt is `prompt`, then alternately a turn of the model and `response`; the pieces are only ever appended, and
 joined they equal what `render` makes of the whole conversation. Whatever users, tools and schemas say is encoded
-as plain text, so control ids are placed by this module and by the model alone. The newline after a turn's `<|im_end|>`
-belongs to the environment, which writes it with the next message.
+as plain text and holds no control id, whatever the tokenizer, so these are placed by this module and by the model
+alone. The newline after a turn's `<|im_end|>` belongs to the environment, which writes it with the next message.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from elpo_jax.text.parser import Turn, parse_turn
 from elpo_jax.text.tokenizer import (
     CALL_CLOSE,
     CALL_OPEN,
+    CONTROL,
     IM_END,
     IM_START,
     RESPONSE_CLOSE,
@@ -58,12 +59,17 @@ class ChatFormat:
       tokenizer: Makes the ids.
       tool_listing: "names": the system message names the tools in one line, for models that learn them in training;
         "schema": it holds their JSON schemas and says how to call them.
+
+    Raises:
+      ValueError: If `tool_listing` is neither, or the tokenizer cannot tell control tokens from text (`check_control`).
     """
 
     def __init__(self, tokenizer: Tokenizer, tool_listing: Literal["names", "schema"] = "names"):
         if tool_listing not in ("names", "schema"):
             raise ValueError(f'tool_listing must be "names" or "schema", not {tool_listing!r}')
+        check_control(tokenizer)
         self.tokenizer = tokenizer
+        self._control = frozenset(tokenizer.control.values())
         self.tool_listing = tool_listing
         self._response_before = self._ids("\n", *_header("user"), _Control(RESPONSE_OPEN))
         self._response_after = self._ids(_Control(RESPONSE_CLOSE), _Control(IM_END), "\n", *_header("assistant"))
@@ -87,7 +93,7 @@ class ChatFormat:
 
     def response(self, result: ToolResult) -> np.ndarray:
         """Ids, int32 [n], of all that follows a turn's `<|im_end|>`: the tool's answer and the assistant's header."""
-        body = self.tokenizer.encode(f"\n{result.text}\n")
+        body = self._text(f"\n{result.text}\n")
         return _array(self._response_before + body + self._response_after)
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool]) -> np.ndarray:
@@ -147,10 +153,49 @@ class ChatFormat:
             if isinstance(part, str):
                 text += part
                 continue
-            ids += self.tokenizer.encode(text)
+            ids += self._text(text)
             ids.append(self.tokenizer.control[part.text])
             text = ""
-        return ids + self.tokenizer.encode(text)
+        return ids + self._text(text)
+
+    def _text(self, text: str) -> list[int]:
+        """Ids of text. A control id among them, of which `check_control` knew nothing, is left out."""
+        ids = self.tokenizer.encode(text)
+        return ids if self._control.isdisjoint(ids) else [i for i in ids if i not in self._control]
+
+
+def check_control(tokenizer: Tokenizer) -> None:
+    """Makes sure that text cannot become a control token, as far as trying shows.
+
+    Tried are the control strings: alone, in company, within each other, put together from two texts, and in spellings
+    that normalisation turns into them. A tokenizer with more special tokens than `CONTROL` names them in `control`.
+
+    Raises:
+      ValueError: If a control token has no id of its own, or text is encoded to such an id.
+    """
+    ids = [tokenizer.control.get(text, -1) for text in CONTROL]
+    if len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= tokenizer.vocab_size:
+        raise ValueError(f"each control token of the tokenizer {tokenizer.name} needs an id: {dict(tokenizer.control)}")
+    control = {i: text for text, i in tokenizer.control.items()}
+    for text in _spellings(tuple(control.values())):
+        made = next((i for i in tokenizer.encode(text) if i in control), None)
+        if made is not None:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name} reads {text!r} as the control token {control[made]}, so a tool could "
+                "speak for the model: encode text without special tokens"
+            )
+
+
+def _spellings(control: Sequence[str]) -> Iterator[str]:
+    yield "".join(control)
+    for text in control:
+        yield from (text, text + text, f" {text} ", f"a{text}b", f"\n{text}\n", text.upper(), f"<0x00>{text}")
+        yield text[:4] + text + text[4:]
+        for nothing in ("\0", "\u00ad", "\u200b", "\u2060", "\ufeff", "\ufe0f", "\ud800"):
+            yield text[:3] + nothing + text[3:]
+        # Full width, of which NFKC makes ASCII.
+        yield "".join(chr(ord(character) + 0xFEE0) if "!" <= character <= "~" else character for character in text)
+        yield "".join(f"<0x{byte:02X}>" for byte in text.encode())
 
 
 def tool_schema(tool: Tool) -> str:

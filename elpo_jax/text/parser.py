@@ -27,9 +27,11 @@ ERRORS = {
     "too_large": f"Error: the tool call is longer than {MAX_CALL_CHARS} characters.",
     "malformed_json": "Error: the tool call is not valid JSON.",
     "recursion": "Error: the tool call is nested too deeply.",
+    "duplicate_key": "Error: the tool call has the same key twice.",
     "not_object": "Error: the tool call is not a JSON object.",
     "missing_name": 'Error: the tool call has no "name".',
-    "bad_arguments": 'Error: the tool call has no "arguments" object.',
+    "missing_arguments": 'Error: the tool call has no "arguments".',
+    "bad_arguments": 'Error: the "arguments" of the tool call are not a JSON object.',
 }
 
 
@@ -107,6 +109,8 @@ def _parse_body(body: str) -> ToolCall:
     name, arguments = call.get("name"), call.get("arguments")
     if not isinstance(name, str) or not name:
         raise _Malformed("missing_name")
+    if "arguments" not in call:
+        raise _Malformed("missing_arguments")
     if not isinstance(arguments, dict):
         raise _Malformed("bad_arguments")
     return ToolCall(name, arguments)
@@ -114,7 +118,7 @@ def _parse_body(body: str) -> ToolCall:
 
 def _load_json(body: str) -> Any:
     try:
-        value = json.loads(body, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(body, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_object)
         if "\\u" in body:
             # An escaped half of a surrogate pair is a string that no file, process or tokenizer takes.
             json.dumps(value, ensure_ascii=False).encode()
@@ -124,6 +128,13 @@ def _load_json(body: str) -> Any:
         raise _Malformed("malformed_json") from None
     if _deeper(value, MAX_DEPTH):
         raise _Malformed("recursion")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):  # JSON does not say which one holds
+        raise _Malformed("duplicate_key")
     return value
 
 

@@ -1,67 +1,53 @@
-"""The tool `code_interpreter`: runs a Python program in a process of its own.
-
-A few worker processes, started on first use and apart from this one (whose threads make it unsafe to fork), each fork
-one child per program: a call costs a millisecond or two, and nothing a program does is seen by the next. This is not a
-security boundary: a program that means harm can read the user's files and get around the limits, which only keep the
-accidents of a learning policy from hurting the run.
-"""
+"""The tool `code_interpreter`: runs a Python program in the sandbox and words what came of it for a model."""
 
 import collections
-import contextlib
-import json
-import os
-import pathlib
-import queue
-import re
-import select
-import signal
-import subprocess
-import sys
+import dataclasses
+import hashlib
 import threading
-import time
-import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from elpo_jax.tools.base import InfrastructureError, State, Status, ToolResult
+from elpo_jax.tools import reference as recipe
+from elpo_jax.tools.base import State, Status, ToolResult
+from elpo_jax.tools.observation import LEAST_LIMIT, Encoder, Traceback, ended_itself, observation, repeatable
+from elpo_jax.tools.sandbox import Limits, Sandbox
+from elpo_jax.tools.toolbox import UNAVAILABLE
 
-MAX_CODE_BYTES = 60_000  # fits into an empty pipe, so sending a program never blocks
-ERROR_CHARS = 300
-REPLY_SECONDS = 10.0  # for start-up and scheduling, beyond the program's own wall limit
-WALL_FACTOR = 4  # wall seconds per CPU second: only a guard, since the verdict should not depend on the machine's load
-
-_WORKER = pathlib.Path(__file__).with_name("_interpreter_worker.py")
-_ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]{8,16}(?=>)")  # in "<function f at 0x7f0c12345678>"
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+NO_OUTPUT = "(no output)"
 
 
 class CodeInterpreter:
     """See `elpo_jax.tools.base.Tool`; the only argument is `code`. Thread-safe, and without state between calls.
 
-    What a program prints is the answer, and the value of a final expression is printed as in a notebook. Programs see
-    the standard library, no installed packages, no network, no files to write and no child processes.
+    What a program prints is the answer, and the value of a final expression is printed as in a notebook. What programs
+    may do and use is the sandbox's affair (`elpo_jax.tools.sandbox`).
 
-    Hash seed and `random` are fixed and object addresses are not shown, so a program repeats its answer unless it asks
-    for what no two processes share: a clock, a process id, `id()`, files such as those in /proc, or the system's
-    randomness (`os.urandom`, `secrets`, `uuid`, `random.SystemRandom`, and `random.seed()` or `random.Random()` without
-    a seed). An answer is remembered by the program's text (statuses ok, empty and error only, as the others could
-    depend on the machine), so the many attempts at one prompt that write the same program run it once, and such a
-    program too has one answer while it is remembered; but a repeated or resumed run may give it another.
+    Hash seed and random numbers are fixed there and object addresses are not shown, so a program repeats its answer
+    unless it asks for what no two processes share: a clock, a process id, `id()`, or the system's randomness. An answer
+    is remembered by the program's text (statuses ok, empty and error only, as the others could depend on the machine),
+    so the many attempts at one prompt that write the same program run it once, and such a program too has one answer
+    while it is remembered; but a repeated or resumed run may give it another.
 
-    Statuses: `ok`; `empty` (nothing printed); `error` (`detail` names the exception type, the signal or "exit");
-    `timeout` (CPU time; a wall-clock guard of four times that only catches programs that sleep); `memory`;
-    `output_limit`. The text of an error ends with the last line of the traceback.
+    Statuses: `ok`; `empty` (nothing printed); `error` (`detail` names the exception type, or is "exit"); `timeout`
+    (`detail` "cpu" or "wall"); `memory`; `output_limit` (the sandbox stopped it, and what it printed is shown in part);
+    `crash` (`detail` names the signal); `malformed` (`detail` "empty_code": there is no program); `sandbox_error`. An
+    answer that is longer than the limit of the text is cut in its middle and marked `truncated`, whatever its status.
 
     Args:
-      workers: Programs that run at once.
-      cpu_seconds: CPU time per program.
-      memory_mb: Address space per program, of which Python itself takes about 20.
-      output_chars: Longest output; a longer one is cut there, which is what status `output_limit` says.
+      sandbox: Runs the programs; its owner closes it. None makes one of its own, which `close` ends.
+      limits: Of each program; None for the sandbox's.
+      tokenizer: Counts the tokens of an answer; what it encodes it must decode to the same text.
+      output_tokens: Longest answer, where there is a tokenizer.
+      output_chars: Longest answer in characters, where there is none.
+      traceback: "frames" shows of an error where in the program it arose, "last_line" only its type and message.
       remembered: Number of answers to remember; 0 runs every program.
+      reference: Programs and answers are what the reference recipe makes of them (`elpo_jax.tools.reference`), whatever
+        is said here of printing, of the text of answers and of `empty_code`, and by `tokenizer` to `traceback`.
 
     Raises:
-      ValueError: If a limit makes no sense.
+      ValueError: If an argument makes no sense.
+      SandboxUnavailable: If it makes a sandbox and no isolation works on this machine.
     """
 
     name = "code_interpreter"
@@ -78,35 +64,37 @@ class CodeInterpreter:
 
     def __init__(
         self,
-        workers: int = 2,
-        cpu_seconds: float = 2.0,
-        memory_mb: int = 512,
+        sandbox: Sandbox | None = None,
+        *,
+        limits: Limits | None = None,
+        tokenizer: Encoder | None = None,
+        output_tokens: int = 512,
         output_chars: int = 1000,
+        traceback: Traceback = "frames",
         remembered: int = 4096,
+        reference: bool = False,
     ):
         for key, value, least in (
-            ("workers", workers, 1),
-            ("cpu_seconds", cpu_seconds, 0.01),
-            ("memory_mb", memory_mb, 64),
-            ("output_chars", output_chars, 1),
+            ("output_tokens", output_tokens, LEAST_LIMIT),
+            ("output_chars", output_chars, LEAST_LIMIT),
             ("remembered", remembered, 0),
         ):
             if value < least:
                 raise ValueError(f"CodeInterpreter({key}={value}): it must be at least {least}")
-        self._cpu_seconds = cpu_seconds
-        self._wall_seconds = WALL_FACTOR * cpu_seconds
-        self._memory_mb = memory_mb
-        self._output_chars = output_chars
+        if traceback not in ("frames", "last_line"):
+            raise ValueError(f'CodeInterpreter(traceback={traceback!r}): it must be "frames" or "last_line"')
+        self._owned = Sandbox() if sandbox is None else None
+        self._sandbox = sandbox or self._owned
+        self._limits = limits or self._sandbox.limits
+        self._tokenizer = tokenizer
+        self._limit = output_chars if tokenizer is None else output_tokens
+        self._traceback: Traceback = traceback
+        self._reference = reference
         self._remembered = remembered
-        self._answers: collections.OrderedDict[str, ToolResult] = collections.OrderedDict()
+        self._answers: collections.OrderedDict[bytes, ToolResult] = collections.OrderedDict()
         self._lock = threading.Lock()
-        self._closed = False
-        self._live: set[_Worker] = set()
-        # One entry per allowed worker: an idle one, or None for one that is still to be started.
-        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
-        for _ in range(workers):
-            self._idle.put(None)
-        self._finalizer = weakref.finalize(self, _kill_all, self._live)
+        if reference:
+            self.description = recipe.DESCRIPTION
 
     def __enter__(self) -> "CodeInterpreter":
         return self
@@ -115,156 +103,87 @@ class CodeInterpreter:
         self.close()
 
     def close(self) -> None:
-        """Ends all worker processes. Calls under way and later ones raise `InfrastructureError`."""
-        with self._lock:
-            self._closed = True
-        self._finalizer()
+        """Closes the sandbox, if the interpreter made it; later calls then raise `InfrastructureError`."""
+        if self._owned is not None:
+            self._owned.close()
 
     def run(self, arguments: Mapping[str, Any], state: State | None) -> tuple[ToolResult, State | None]:
         """Runs a program.
 
         Raises:
-          InfrastructureError: If the worker died; the next call starts another.
+          InfrastructureError: If the sandbox is closed.
         """
         code = arguments["code"]
-        result = self._recall(code)
+        key = hashlib.blake2b(code.encode("utf-8", "surrogatepass"), digest_size=32).digest()
+        result = self._recall(key)
         if result is None:
-            result = self._run(code)
-            self._remember(code, result)
+            result = self._run_as_recipe(code) if self._reference else self._run(code)
+            self._remember(key, result)
         return result, state
 
-    def _recall(self, code: str) -> ToolResult | None:
+    def _recall(self, key: bytes) -> ToolResult | None:
         with self._lock:
-            if code in self._answers:
-                self._answers.move_to_end(code)
-            return self._answers.get(code)
+            if key in self._answers:
+                self._answers.move_to_end(key)
+            return self._answers.get(key)
 
-    def _remember(self, code: str, result: ToolResult) -> None:
-        if self._remembered and result.status in (Status.OK, Status.EMPTY, Status.ERROR):
+    def _remember(self, key: bytes, result: ToolResult) -> None:
+        if self._remembered and ended_itself(result) and result.status is not Status.CRASH:
             with self._lock:
-                self._answers[code] = result
+                self._answers[key] = result
                 if len(self._answers) > self._remembered:
                     self._answers.popitem(last=False)
 
     def _run(self, code: str) -> ToolResult:
-        program = code.encode("utf-8", "replace")
-        if len(program) > MAX_CODE_BYTES:
-            text = f"Error: the program is longer than {MAX_CODE_BYTES} bytes"
-            return ToolResult(Status.ERROR, text, "too_large")
-        worker = self._idle.get()
-        try:
-            if worker is None:
-                worker = self._start()
-            reply = worker.ask(program, self._wall_seconds + REPLY_SECONDS)
-        except BaseException as error:
-            if worker is not None:
-                worker.kill()
-                self._live.discard(worker)
-                worker = None
-            if isinstance(error, OSError | EOFError | ValueError):
-                raise InfrastructureError(f"the worker of the code interpreter died ({error})") from error
-            raise
-        finally:
-            self._idle.put(worker)
-        return self._result(reply)
-
-    def _start(self) -> "_Worker":
-        with self._lock:
-            if self._closed:
-                raise InfrastructureError("the code interpreter is closed")
-            # Characters take at most four bytes, so no output within the limit is taken for a flood; the rest is for
-            # the newlines at its end, which are cut off.
-            output_bytes = 4 * self._output_chars + 64
-            worker = _Worker(self._cpu_seconds, self._wall_seconds, self._memory_mb, output_bytes)
-            self._live.add(worker)
-            return worker
-
-    def _result(self, reply: dict[str, str]) -> ToolResult:
-        """What a worker's reply means. Limits come before anything the program could say about itself."""
-        end, error = reply["end"], reply["error"]
-        output = _ADDRESS.sub("0x0", reply["output"]).rstrip()
-        kind, _, message = error.partition("\n")
-        if end in ("cpu", "wall"):
-            # What was printed by then depends on buffering and the machine's speed.
-            return ToolResult(Status.TIMEOUT, f"Error: the program ran longer than {self._cpu_seconds:g} s", end)
-        if kind == "MemoryError":
-            return ToolResult(Status.MEMORY, f"Error: the program needs more than {self._memory_mb} MB", kind)
-        if end == "flood" or len(output) > self._output_chars:
-            return ToolResult(Status.OUTPUT_LIMIT, output[: self._output_chars] + "\n[output cut]", "output")
-        if end not in ("done", "exit 0"):
-            how, _, signal_name = end.partition(" ")
-            line = f"Error: the program ended itself ({end})"
-            return ToolResult(Status.ERROR, _joined(output, line), signal_name if how == "signal" else how)
-        if kind:
-            kind = kind if _IDENTIFIER.fullmatch(kind) else "Exception"
-            line = f"{kind}: {_ADDRESS.sub('0x0', message)}" if message else kind
-            return ToolResult(Status.ERROR, _joined(output, line[:ERROR_CHARS]), kind)
-        return ToolResult(Status.OK, output) if output else ToolResult(Status.EMPTY, "(no output)")
-
-
-def _joined(output: str, line: str) -> str:
-    return f"{output}\n{line}" if output else line
-
-
-def _kill_all(workers: set["_Worker"]) -> None:
-    for worker in list(workers):
-        worker.kill()
-    workers.clear()
-
-
-class _Worker:
-    """The host's end of one worker process."""
-
-    def __init__(self, cpu_seconds: float, wall_seconds: float, memory_mb: int, output_bytes: int):
-        # Only what the dynamic loader may need is handed down, so no secret of this process reaches a program.
-        environment = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
-        environment |= {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "LC_ALL": "C.UTF-8"}
-        # Not -I, which would ignore PYTHONHASHSEED; these are the rest of it, and no site-packages.
-        command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-W", "ignore", str(_WORKER)]
-        self._process = subprocess.Popen(
-            [*command, str(cpu_seconds), str(wall_seconds), str(memory_mb), str(output_bytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env=environment,
-            cwd="/",
-            start_new_session=True,  # a Ctrl-C is ours alone to handle, and one signal reaches worker and child
+        if not code.strip():
+            return ToolResult(Status.MALFORMED, "Error: the program is empty.", "empty_code")
+        result = repeatable(self._sandbox.run(code, mode="notebook", limits=self._limits))
+        ending = self._ending(result)
+        text, truncated = observation(
+            result.stdout,
+            result.stderr,
+            ending,
+            limit=self._limit,
+            tokenizer=self._tokenizer,
+            traceback=self._traceback,
         )
-        self._killed = False
-        self._lock = threading.Lock()
+        status = Status.EMPTY if result.status is Status.OK and not text else result.status
+        return _answer(result, status, text or NO_OUTPUT, truncated)
 
-    def ask(self, program: bytes, seconds: float) -> dict[str, str]:
-        """Runs one program.
+    def _ending(self, result: ToolResult) -> str:
+        """A line on how a program ended, where its own output does not tell."""
+        limits = self._limits
+        match result.status:
+            case Status.TIMEOUT if result.detail == "cpu":
+                return f"Error: the program ran longer than {limits.cpu_s:g} s (CPU time)"
+            case Status.TIMEOUT:
+                return f"Error: the program took longer than {limits.wall:g} s"
+            case Status.MEMORY:
+                return f"Error: the program needs more than {limits.memory_mb} MB"
+            case Status.OUTPUT_LIMIT:
+                return f"Error: the program printed more than {limits.output_kb} KiB"
+            case Status.CRASH:
+                return f"Error: the program ended itself (signal {result.detail})"
+            case Status.ERROR if result.detail == "too_large":
+                return f"Error: the program is longer than {limits.code_kb} KiB"
+            case Status.ERROR if not ended_itself(result):
+                return f"Error: the program is over a limit ({result.detail})"
+            case Status.ERROR if result.exc_type:
+                return "" if result.exc_type in result.stderr else result.exc_type
+            case Status.ERROR:
+                return f"Error: the program ended itself (exit {result.exit_code})"
+            case Status.SANDBOX_ERROR:
+                return UNAVAILABLE
+        return ""
 
-        Raises:
-          OSError, EOFError, ValueError: If the worker died, is stuck, or answers nonsense.
-        """
-        self._process.stdin.write(len(program).to_bytes(4, "big") + program)
-        deadline = time.monotonic() + seconds
-        size = int.from_bytes(self._read(4, deadline), "big")
-        return json.loads(self._read(size, deadline))
+    def _run_as_recipe(self, code: str) -> ToolResult:
+        result = repeatable(self._sandbox.run(recipe.wrapped(code), mode="script", limits=self._limits))
+        text, truncated = recipe.answer(result)
+        status = Status.EMPTY if result.status is Status.OK and not text.strip() else result.status
+        return _answer(result, status, text, truncated)
 
-    def kill(self) -> None:
-        """Ends the process and its child, and waits for it. Any number of times, from any thread."""
-        with self._lock:
-            if self._killed:
-                return
-            self._killed = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
 
-    def _read(self, size: int, deadline: float) -> bytes:
-        poller = select.poll()
-        poller.register(self._process.stdout, select.POLLIN)
-        data = b""
-        while len(data) < size:
-            if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise TimeoutError("no answer in time")
-            chunk = self._process.stdout.read(size - len(data))
-            if not chunk:
-                raise EOFError("end of its output")
-            data += chunk
-        return data
+def _answer(result: ToolResult, status: Status, text: str, truncated: bool) -> ToolResult:
+    """The sandbox's result as the tool's, without the streams: trees and the memory of answers hold thousands."""
+    truncated = truncated or result.truncated
+    return dataclasses.replace(result, status=status, text=text, truncated=truncated, stdout="", stderr="")

@@ -1,7 +1,7 @@
 """Runs tool calls: finds the tool, checks the arguments, waits for slow tools on a pool of threads.
 
 Nothing that a model writes makes a `ToolBox` raise: a call that does not fit is answered with an error for the model,
-and a tool that breaks is tried again and then answered with status `infrastructure`, for the caller to discard.
+and a tool that breaks is tried again and then answered with status `sandbox_error`, for the caller to discard.
 """
 
 import concurrent.futures
@@ -16,6 +16,8 @@ import jsonschema
 from elpo_jax.tools.base import InfrastructureError, State, Status, Tool, ToolCall, ToolResult
 
 Answer = tuple[ToolResult, State | None]
+
+UNAVAILABLE = "Error: the tool is not available"  # no model sees it: the attempt is discarded
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ class ToolBox:
     Args:
       tools: With different names.
       workers: Threads, so calls that wait at once; as many as the tools have processes.
-      retries: Further attempts at a call whose tool broke.
+      retries: Further attempts at a call whose tool raised. A `sandbox_error` that a tool returns is final, for what is
+        behind that tool has tried again already.
 
     Raises:
       ValueError: If two tools share a name, a schema is not a valid JSON schema, or a number makes no sense.
@@ -111,14 +114,15 @@ class ToolBox:
         for _ in range(1 + self._retries):
             try:
                 result, state = tool.run(request.call.arguments, request.state)
-                if result.status is not Status.INFRASTRUCTURE:
-                    return result, state
-                cause = result.detail
+                if not isinstance(result, ToolResult):
+                    raise TypeError(f"it answered with a {type(result).__name__}")
             except Exception as error:
-                cause = f"{type(error).__name__}: {error}"
+                cause = _cause(error)
                 unexpected = not isinstance(error, InfrastructureError)
                 _log.warning("the tool %s broke: %s", tool.name, cause, exc_info=unexpected)
-        return ToolResult(Status.INFRASTRUCTURE, "Error: the tool is not available", cause), request.state
+            else:
+                return result, request.state if result.status is Status.SANDBOX_ERROR else state
+        return ToolResult(Status.SANDBOX_ERROR, UNAVAILABLE, cause), request.state
 
 
 def _validator(tool: Tool) -> jsonschema.protocols.Validator:
@@ -155,6 +159,13 @@ def _complaint(error: jsonschema.ValidationError) -> str:
 def _shown(name: str) -> str:
     """A name the model wrote, quoted and cut: it may be anything."""
     return repr(name if len(name) <= 40 else name[:40] + "...")
+
+
+def _cause(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # of the exception's own __str__
+        return type(error).__name__
 
 
 def _done(answer: Answer) -> "Future[Answer]":

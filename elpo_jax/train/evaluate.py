@@ -109,6 +109,7 @@ class Protocol:
     noise: float  # of the ledger's tools
     max_turn_tokens: int
     context: int
+    isolation: str  # of model-written programs
     checker: str = "wordmath: last \\boxed{} of the final turn, exact number; ledger: goal against the final database"
     majority_ties: str = "first answer given; empty answers do not vote"
     interval: str = "95 % percentile bootstrap over tasks"
@@ -121,7 +122,8 @@ class Protocol:
                 for family, steps in self.difficulties.items()
             )
             + f"), k={self.k}, temperature {self.temperature:g}, seed {self.seed}, noise {self.noise:g}, "
-            f"turn <= {self.max_turn_tokens} tokens, context {self.context}; checker: {self.checker}; "
+            f"turn <= {self.max_turn_tokens} tokens, context {self.context}; isolation of "
+            f"programs: {self.isolation.replace('unsafe', 'NONE (unsafe)')}; checker: {self.checker}; "
             f"maj@k ties: {self.majority_ties}; {self.interval}"
         )
 

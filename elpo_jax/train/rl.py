@@ -77,6 +77,7 @@ def train_rl(
     with Progress(recipe.name, config.steps, start=start) as progress:
         for step in range(start, config.steps):
             began = time.perf_counter()
+            before = sandbox_counters(learner.environment)
             first = learner.first_task + step * config.prompts
             tasks = [learner.stream.task("train", n) for n in range(first, first + config.prompts)]
             learner.sampler.load(state.params, version=step)
@@ -97,6 +98,7 @@ def train_rl(
             row = rollout_metrics(trees, credits) | metrics
             row |= {"seconds/collect": collected - began, "seconds/update": time.perf_counter() - collected}
             row["rollout/slot_use"] = learner.sampler.occupancy
+            row |= {name: value - before[name] for name, value in sandbox_counters(learner.environment).items()}
             done = step + 1
             if config.dump_every and (done % config.dump_every == 0 or done in (1, config.steps)):
                 dump(dumps / f"step_{done:06d}.jsonl", done, recipe, trees, credits, learner.environment)
@@ -112,6 +114,12 @@ def train_rl(
     return state
 
 
+def sandbox_counters(environment: Environment) -> dict[str, float]:
+    """What the sandbox has counted so far, under the names of metrics; a row holds a step's share."""
+    counters = {} if environment.sandbox is None else environment.sandbox.counters()
+    return {f"sandbox/{name}": value for name, value in counters.items()}
+
+
 def stop_if_truncated(trees: Sequence[RolloutTree]) -> None:
     """Raises InfrastructureError if tool failures of ours ended a tree before its budget was spent.
 
@@ -123,8 +131,8 @@ def stop_if_truncated(trees: Sequence[RolloutTree]) -> None:
         failures = sum(tree.infrastructure_failures for tree in lost)
         raise InfrastructureError(
             f"{failures} attempts at {len(lost)} of {len(trees)} prompts (first: {lost[0].task.id}) were lost to "
-            "failures of the tools themselves, again and again: see that the interpreter's workers can start and have "
-            "memory, then go on from the last checkpoint with --resume"
+            "failures of the tools themselves, again and again: see that `python -m elpo_jax.tools.sandbox check` "
+            "passes and that there is memory, then go on from the last checkpoint with --resume"
         )
 
 

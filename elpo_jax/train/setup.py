@@ -13,12 +13,14 @@ from elpo_jax.config import Config, ConfigError, differences, to_json
 from elpo_jax.policy.batch import Batch, demonstration_example, pack
 from elpo_jax.report.log import read_json, write_json
 from elpo_jax.rollout.agent import Environment
+from elpo_jax.tasks.base import Family
 from elpo_jax.tasks.ledger import Ledger
 from elpo_jax.tasks.stream import TaskStream
 from elpo_jax.tasks.wordmath import WordMath
 from elpo_jax.text.chat import ChatFormat
 from elpo_jax.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from elpo_jax.tools.interpreter import CodeInterpreter
+from elpo_jax.tools.sandbox import Limits, Sandbox
 from elpo_jax.tools.toolbox import ToolBox
 from elpo_jax.trees.demonstrate import demonstrations
 from elpo_jax.trees.trajectory import Trajectory
@@ -91,32 +93,37 @@ def _names(folder: pathlib.Path) -> set[str]:
 
 
 @contextlib.contextmanager
-def open_tools(config: Config) -> Iterator[tuple[TaskStream, dict[str, ToolBox]]]:
-    """The task families and, by family, the tools that serve them; worker processes end with the context."""
+def open_tools(config: Config) -> Iterator[tuple[TaskStream, dict[str, ToolBox], Sandbox | None]]:
+    """The task families, by family the tools that serve them, and the sandbox in which tools run programs, if any do.
+
+    Worker processes end with the context.
+
+    Raises:
+      ConfigError: If a family is unknown.
+      SandboxUnavailable: If a family needs a sandbox and none works here.
+    """
+    rollout, words, ledger = config.rollout, config.tasks.wordmath, config.tasks.ledger
+    sandbox = None
+    families: dict[str, Family] = {}
     with contextlib.ExitStack() as stack:
-        rollout = config.rollout
-        interpreter = stack.enter_context(
-            CodeInterpreter(
-                workers=rollout.interpreter_workers,
-                cpu_seconds=rollout.interpreter_seconds,
-                memory_mb=rollout.interpreter_memory_mb,
-            )
-        )
-        words, ledger = config.tasks.wordmath, config.tasks.ledger
-        known = {
-            "wordmath": (WordMath(interpreter, seed=config.seed, slack=words.slack), words.difficulties),
-            "ledger": (Ledger(seed=config.seed, slack=ledger.slack, noise=ledger.noise), ledger.difficulties),
-        }
         for name in config.tasks.families:
-            if name not in known:
-                raise ConfigError(f"unknown family {name!r} in tasks.families: there are {', '.join(known)}")
-        families = {name: known[name][0] for name in config.tasks.families}
-        difficulties = {name: known[name][1] for name in config.tasks.families}
+            if name == "wordmath":
+                limits = Limits(cpu_s=rollout.interpreter_seconds, memory_mb=rollout.interpreter_memory_mb)
+                sandbox = stack.enter_context(Sandbox(rollout.interpreter_workers, limits, backend=rollout.sandbox))
+                interpreter = CodeInterpreter(
+                    sandbox, output_chars=rollout.interpreter_chars, traceback=rollout.interpreter_traceback
+                )
+                families[name] = WordMath(interpreter, seed=config.seed, slack=words.slack)
+            elif name == "ledger":
+                families[name] = Ledger(seed=config.seed, slack=ledger.slack, noise=ledger.noise)
+            else:
+                raise ConfigError(f"unknown family {name!r} in tasks.families: there are wordmath, ledger")
+        difficulties = {name: getattr(config.tasks, name).difficulties for name in families}
         toolboxes = {
             name: stack.enter_context(ToolBox(family.tools, workers=rollout.interpreter_workers))
             for name, family in families.items()
         }
-        yield TaskStream(families, difficulties, config.seed), toolboxes
+        yield TaskStream(families, difficulties, config.seed), toolboxes, sandbox
 
 
 def build_tokenizer(
@@ -147,10 +154,14 @@ def build_tokenizer(
 
 
 def build_environment(
-    config: Config, tokenizer: Tokenizer, stream: TaskStream, toolboxes: dict[str, ToolBox]
+    config: Config,
+    tokenizer: Tokenizer,
+    stream: TaskStream,
+    toolboxes: dict[str, ToolBox],
+    sandbox: Sandbox | None,
 ) -> Environment:
     chat = ChatFormat(tokenizer, tool_listing=config.tasks.chat_tools)
-    return Environment(stream.families, toolboxes, chat, config.rollout.max_turn_tokens)
+    return Environment(stream.families, toolboxes, chat, config.rollout.max_turn_tokens, sandbox)
 
 
 def check_prompts(config: Config, environment: Environment, stream: TaskStream) -> None:

@@ -128,7 +128,7 @@ def _finish(plays: list[_Play], toolbox: ToolBox, chat: ChatFormat) -> list[Traj
 
 def _answer(play: _Play, segment: Segment, turn: Turn, result: ToolResult, chat: ChatFormat) -> None:
     """Records the tool's answer as a step and asks the reference policy for its next turn."""
-    if result.status is Status.INFRASTRUCTURE:
+    if result.status is Status.SANDBOX_ERROR:
         raise InfrastructureError(f"a tool broke while demonstrating {play.task.id} ({result.detail}): try again")
     response = Segment(Author.ENVIRONMENT, chat.response(result))
     play.steps.append(Step(segment, turn.call, result, response, play.state, turn.text))

@@ -112,6 +112,7 @@ class Sandbox:
         )
         self._breaker = _Breaker()
         self._health = threading.Lock()
+        self._gave_up = False
         self._live: set[Worker] = set()
         # One entry per allowed worker and the programs it has run: an idle one, or None for one still to be started.
         self._idle: queue.LifoQueue[tuple[Worker | None, int]] = queue.LifoQueue()
@@ -245,7 +246,8 @@ class Sandbox:
             )
             delay = 0.0
             while not self._probe():
-                if time.monotonic() - began > PATIENCE_SECONDS:
+                if self._gave_up or time.monotonic() - began > PATIENCE_SECONDS:
+                    self._gave_up = True  # whoever calls next does not wait as long again
                     raise InfrastructureError(
                         f"{self._breaker.said()}, and none has run for {PATIENCE_SECONDS:g} s: see "
                         "`python -m elpo_jax.tools.sandbox check`, then go on from the last checkpoint with --resume"
@@ -253,6 +255,7 @@ class Sandbox:
                 delay = min(delay + 1.0, 10.0)
                 if self._closing.wait(delay):
                     raise InfrastructureError("the sandbox is closed")
+            self._gave_up = False
             self._count("paused_s", time.monotonic() - began)
             _log.warning("programs run again after %.1f s; the rollout goes on", time.monotonic() - began)
             self._breaker.clear()

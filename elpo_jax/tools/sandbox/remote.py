@@ -110,7 +110,7 @@ class RemoteWorker:
             return self._talk(body, deadline, most)
         except (ConnectionError, http.client.RemoteDisconnected):
             # Servers close idle connections, and it may cross with our request; a request that was begun is a failure.
-            if not reused or self._killed or self._socket.received:
+            if not reused or self._socket.received:
                 raise
         self._connect(deadline)
         return self._talk(body, deadline, most)
