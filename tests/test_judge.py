@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -207,6 +208,10 @@ def test_the_published_form_is_read():
 
 # --- honest programs
 
+# Python 3.11 recurses through C, as a cached function does, as far as the stack goes; later ones have limits of their
+# own for it, which nothing can raise.
+THROUGH_C = 20_000 if sys.version_info < (3, 12) else 300
+
 STDIO = {
     "input": "a, b = map(int, input().split())\nprint(a + b)",
     "main guard": "def main():\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()",
@@ -245,7 +250,7 @@ STDIO = {
     "recursion": "def depth(n):\n    return 0 if n == 0 else 1 + depth(n - 1)\n"
     "assert depth(40_000) == 40_000\nprint(sum(map(int, input().split())))",
     "cached recursion": "@cache\ndef depth(n):\n    return 0 if n == 0 else 1 + depth(n - 1)\n"
-    "assert depth(20_000) == 20_000\nprint(sum(map(int, input().split())))",
+    f"assert depth({THROUGH_C}) == {THROUGH_C}\nprint(sum(map(int, input().split())))",
     "long integers": "assert len(str(10**40_000)) == 40_001\nprint(sum(map(int, input().split())))",
     "unicode": "# ünïcödé 🎈\nπ = 'π'\nprint(sum(map(int, input().split())) if len(π) == 1 else 0)",
     "file": "open('x', 'w').write(input())\nprint(sum(map(int, open('x').read().split())))",
@@ -287,7 +292,8 @@ CALL = {
     "        return self\nclass Solution:\n    def __getattr__(self, name):\n"
     "        return lambda a, b: Node(a + [b]).v",
     "cache": "class Solution:\n    def join(self, a, b):\n        @cache\n        def f(i):\n"
-    "            return 0 if i == 0 else 1 + f(i - 1)\n        assert f(20_000) == 20_000\n        return a + [b]",
+    f"            return 0 if i == 0 else 1 + f(i - 1)\n        assert f({THROUGH_C}) == {THROUGH_C}\n"
+    "        return a + [b]",
 }
 
 

@@ -2,7 +2,8 @@
 
 Standard input is a line of JSON, the request, and then the bytes of the database (none for an empty one); standard
 output is an object of JSON: "status", "detail", "text", "truncated", and "database", as base64, if it changed. The
-model's statements have all of this process in their reach at worst, so the host believes none of it.
+model's statements have all of this process in their reach at worst, so the host believes none of it. Needs Python 3.11,
+whose sqlite3 module first had the limits and the bytes of a database.
 """
 
 import base64

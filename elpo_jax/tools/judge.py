@@ -10,8 +10,8 @@ can lie about what it computed, but it cannot know what would be right. Against 
   Otherwise `==` decides as published: True equals 1, and floats must be equal exactly.
 - Time is CPU time, and a submission has a budget of it for all its tests together.
 
-As published: the last state of a program counts, not its exit code, if no exception ended it; the names of some twenty
-modules are there without an import; a program has lost at its first failure.
+As published: what a program printed counts, not its exit code, if no exception ended it; the names of eighteen modules
+are there without an import; a program has lost at its first failure.
 """
 
 import dataclasses
@@ -162,7 +162,7 @@ def parse_tests(sample: str | Mapping[str, Any]) -> ProgramTests:
 
 
 class Judge:
-    """Judges submissions, from any number of threads. It belongs to nobody: closing the sandbox is the caller's.
+    """Judges submissions, from any number of threads. Closing the sandbox is the caller's.
 
     Args:
       sandbox: Runs the programs.
@@ -185,7 +185,7 @@ class Judge:
           tests: As such, or as `parse_tests` takes them; what that refuses is a data error.
 
         Raises:
-          InfrastructureError: If the sandbox is closed.
+          InfrastructureError: If the sandbox is closed or has been broken for long.
         """
         try:
             tests = tests if isinstance(tests, ProgramTests) else parse_tests(tests)

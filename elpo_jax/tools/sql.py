@@ -6,7 +6,7 @@ changed, the new bytes. So branches of an attempt share nothing, and a call that
 
 What a call gives depends on the database and the statements alone: the clock stands still, `random()` is seeded by
 both, and the time limit counts instructions of SQLite's machine. (A statement that spends long in a single one, such as
-a LIKE pattern made to, is ended by the sandbox's limit on CPU time.)
+a search made to, is ended by the sandbox's limit on CPU time.)
 """
 
 import base64

@@ -1,9 +1,10 @@
 """Tries the sandbox on this machine:  python -m elpo_jax.tools.sandbox check"""
 
 import argparse
+import os
 
 from elpo_jax.tools.base import InfrastructureError
-from elpo_jax.tools.sandbox import probes
+from elpo_jax.tools.sandbox import probes, remote
 from elpo_jax.tools.sandbox.backends import LOCAL, fixes, supported_platform
 
 
@@ -25,6 +26,11 @@ def check() -> int:
         print(f"  {len(verdicts) - failed} of {len(verdicts)} held\n")
         if not failed:
             usable.append(backend)
+    url = os.environ.get("ELPO_SANDBOX_URL", "")
+    if url:
+        problem = remote.reason(url)
+        print(f"remote:\n  {f'FAILED   {problem}' if problem else 'runs programs; isolation is its own affair'}\n")
+        usable += [] if problem else ["remote"]
     if usable:
         print(f"Programs will run under: {usable[0]}")
         return 0

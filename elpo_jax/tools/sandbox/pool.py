@@ -15,10 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, Protocol
 
 from elpo_jax.tools.base import InfrastructureError, Status, ToolResult
-from elpo_jax.tools.sandbox import probes
+from elpo_jax.tools.sandbox import probes, remote
 from elpo_jax.tools.sandbox.backends import LAYERS, LOCAL, SandboxUnavailable, fixes
 from elpo_jax.tools.sandbox.limits import Limits
-from elpo_jax.tools.sandbox.remote import RemoteWorker
 from elpo_jax.tools.sandbox.worker import LocalWorker
 
 PACKAGES = ("numpy", "sympy")
@@ -99,7 +98,7 @@ class Sandbox:
         self.backend = choose(backend, url)
         self.limits = limits or Limits()
         self._make: Callable[[], Worker] = (
-            functools.partial(RemoteWorker, url, self.limits)
+            functools.partial(remote.RemoteWorker, url)
             if self.backend == "remote"
             else functools.partial(LocalWorker, self.backend, tuple(packages), tuple(_without))
         )
@@ -280,38 +279,34 @@ def choose(backend: str, url: str = "") -> str:
 
     Raises:
       SandboxUnavailable: If none works, or not the one asked for.
-      ValueError: If there is no such backend.
+      ValueError: If there is no such backend, or `url` is no address.
     """
-    if backend == "unsafe" or (backend == "remote" and url):
-        return _warned(backend)
-    if backend == "remote":
-        raise SandboxUnavailable("backend 'remote' needs url=... or the environment variable ELPO_SANDBOX_URL")
-    if backend not in ("auto", *LOCAL):
-        raise ValueError(f"backend must be 'auto', {', '.join(map(repr, LAYERS))} or 'remote', not {backend!r}")
-    reasons = {}
+    if backend not in ("auto", "remote", *LAYERS):
+        raise ValueError(f"backend must be 'auto', 'remote', {', '.join(map(repr, LAYERS))}, not {backend!r}")
+    reasons: dict[str, str] = {}
     for name in LOCAL if backend == "auto" else (backend,):
-        reasons[name] = probes.reason(name)
-        if not reasons[name]:
-            return name
-    if backend == "auto" and url:
-        return "remote"
-    if backend == "auto" and os.environ.get("ELPO_UNSAFE_TOOLS") == "1":
-        return _warned("unsafe")
+        if name in LOCAL:
+            reasons[name] = probes.reason(name)
+            if not reasons[name]:
+                return name
+    if backend in ("auto", "remote"):
+        reasons["remote"] = remote.reason(url) if url else "no url=... and no environment variable ELPO_SANDBOX_URL"
+        if not reasons["remote"]:
+            return "remote"
+    if backend == "unsafe" or (backend == "auto" and os.environ.get("ELPO_UNSAFE_TOOLS") == "1"):
+        _log.warning(
+            "UNSAFE: model-written programs run without isolation, with all the rights of this user. They can read, "
+            "change and send away whatever you can."
+        )
+        return "unsafe"
     failed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+    if backend == "remote":
+        raise SandboxUnavailable(f"the provider of the sandbox cannot be used:\n{failed}")
     raise SandboxUnavailable(
         f"nothing on this machine isolates model-written programs, so none is run:\n{failed}\n"
         f"Either of these commands would help:\n{fixes()}\n"
         "or set ELPO_SANDBOX_URL to a provider. ELPO_UNSAFE_TOOLS=1 runs them without isolation, as yourself."
     )
-
-
-def _warned(backend: str) -> str:
-    if backend == "unsafe":
-        _log.warning(
-            "UNSAFE: model-written programs run without isolation, with all the rights of this user. They can read, "
-            "change and send away whatever you can."
-        )
-    return backend
 
 
 def _bytes(code: str) -> bytes:

@@ -173,10 +173,10 @@ class LocalWorker:
             detail=detail,
             null_output=status is Status.OK and not stdout.strip() and not stderr.strip(),
             truncated=cause == "output",
-            exc_type=kind if exit_code else "",
+            exc_type=kind if exit_code and not cause else "",
             stdout=stdout.decode("utf-8", "replace"),
             stderr=stderr.decode("utf-8", "replace"),
-            exit_code=exit_code,
+            exit_code=None if cause else exit_code,  # a program may end just when a limit of ours ends it
             signal=None if cause else number,
             cpu_s=float(reply["cpu_s"]),
             wall_s=float(reply["wall_s"]),

@@ -27,13 +27,10 @@ def main(code: bytes, mode: str, report: int) -> NoReturn:
       report: Descriptor for the name of the exception that ended it, on a line, and a second line "memory" if it was
         one of the kind MemoryError.
     """
+    leave = os._exit
     status = 0
     try:
         status = _run(code, mode)
-    except MemoryError as error:
-        _report(report, error)
-        status = 1
-        _print(error)
     except BaseException as error:
         _report(report, error)
         status = 1
@@ -46,7 +43,7 @@ def main(code: bytes, mode: str, report: int) -> NoReturn:
                 stream.flush()
     except BaseException:
         status = status or 1
-    os._exit(status)
+    leave(status)
 
 
 def _run(code: bytes, mode: str) -> int:
@@ -85,12 +82,16 @@ def _is_print(value: ast.expr) -> bool:
     return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "print"
 
 
-def _report(report: int, error: BaseException) -> None:
+def _name(error: BaseException) -> str:
     try:
-        memory = "memory\n" if isinstance(error, MemoryError) else ""
-        os.write(report, f"{type(error).__name__[:64]}\n{memory}".encode("utf-8", "replace"))
-    except BaseException:
-        os.write(report, b"Exception\n")
+        return f"{type(error).__name__[:64]}"
+    except BaseException:  # a class can be anything
+        return "Exception"
+
+
+def _report(report: int, error: BaseException) -> None:
+    memory = "memory\n" if issubclass(type(error), MemoryError) else ""
+    os.write(report, f"{_name(error)}\n{memory}".encode("utf-8", "replace"))
 
 
 def _print(error: BaseException) -> None:
@@ -99,8 +100,10 @@ def _print(error: BaseException) -> None:
         frame = error.__traceback__
         while frame is not None and frame.tb_frame.f_code.co_filename != NAME:
             frame = frame.tb_next
+        if sys.stderr is None:
+            return
         for text in traceback.format_exception(type(error), error, frame):
             for line in text.splitlines():
                 print(line if len(line) <= LINE else f"{line[:LINE]}...", file=sys.stderr)
     except BaseException:  # the program's own __str__, or no memory left
-        os.write(2, b"Exception\n")
+        os.write(2, f"{_name(error)}\n".encode("utf-8", "replace"))

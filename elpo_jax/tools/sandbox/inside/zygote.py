@@ -30,6 +30,7 @@ WATCH_S = 0.02  # how often where nothing else limits its files and threads
 AWAKE = 0.01  # the least share of a tick's time that a program computes for if it is not asleep
 CORES = os.cpu_count() or 1
 REPORT_BYTES = 256
+EXIT = os._exit
 READY = b"ready\n"  # on the report pipe, before any of the program runs
 
 
@@ -241,7 +242,7 @@ class Worker:
             os.umask(0o077)
             if "rlimits" in layers:
                 self._limit(limits)
-            if "capabilities" in layers:
+            if layers & {"capabilities", "landlock"}:
                 linux.drop_capabilities()
             if "no_new_privs" in layers:
                 linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
@@ -266,7 +267,10 @@ class Worker:
         except BaseException as error:
             os.write(3, f"{type(error).__name__}: {error}\n".encode())
             os._exit(1)
-        program.main(text, settings["mode"], 3)
+        try:
+            program.main(text, settings["mode"], 3)
+        finally:  # whatever a program made of the functions that it calls: it must not come back from there
+            EXIT(1)
 
     def _limit(self, limits: dict) -> None:
         cpu = math.ceil(limits["cpu"]) + 1
