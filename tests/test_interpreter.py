@@ -54,7 +54,7 @@ def run(interpreter, code):
         ("def f(n):\n    return n if n < 2 else f(n - 1) + f(n - 2)\nf(15)", "610"),
         ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nP(3)", "P(x=3)"),
         ("__name__", "'__main__'"),
-        ("print('before')\nraise SystemExit\nprint('after')", "before"),
+        ("print('before')\nexit()\nprint('after')", "before"),
         ("from __future__ import annotations\ndef f(x: nothing): pass\nf.__annotations__", "{'x': 'nothing'}"),
         ("import threading\nt = threading.Thread(target=print, args=('t',))\nt.start()\nt.join()", "t"),
         ("import sympy\nsympy.factor(sympy.Symbol('x')**2 - 1)", "(x - 1)*(x + 1)"),

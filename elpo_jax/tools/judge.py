@@ -30,7 +30,6 @@ from elpo_jax.tools.sandbox import Limits, Sandbox
 LIMITS = Limits(cpu_s=6.0, memory_mb=2048, output_kb=8192)
 BUDGET_S = 120.0
 DIGITS = 50_000  # of the longest integer, here as in the program
-STACK_MB = 64  # of the main thread
 SHOWN = 100  # characters of an answer in a judgement's detail
 
 _MODULES = (
@@ -38,27 +37,11 @@ _MODULES = (
     "builtins typing"
 )
 _PRELUDE = "\n".join([*(f"from {name} import *" for name in _MODULES.split()), f"import {', '.join(_MODULES.split())}"])
-# Deep recursion and long integers. In the main thread a recursion through C, such as a cached function's, needs stack:
-# within eight megabytes it would crash long before the limit. At the end, what is still in the buffers of any file is
-# written, as when an interpreter ends by itself.
 _SETUP = f"""
-import atexit, gc, sys
-@atexit.register
-def finish():
-    sys.modules["__main__"].__dict__.clear()
-    gc.collect()
-    sys.__stdout__.flush()
+import sys
 sys.setrecursionlimit(50_000)
 if hasattr(sys, "set_int_max_str_digits"):
     sys.set_int_max_str_digits({DIGITS})
-try:
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    if soft != resource.RLIM_INFINITY:
-        wanted = {STACK_MB << 20}
-        resource.setrlimit(resource.RLIMIT_STACK, (max(soft, wanted if hard < 0 else min(wanted, hard)), hard))
-except (ImportError, OSError, ValueError):
-    pass
 """
 _CALL = pathlib.Path(__file__).with_name("_judge_call.py").read_text(encoding="utf-8")
 _NUMERAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,9})?")

@@ -80,7 +80,7 @@ def launch(backend: str, packages: Sequence[str], without: Sequence[str], scratc
     if unknown := set(without) - set(LAYERS[backend]):
         raise ValueError(f"the backend {backend} has no layer {', '.join(sorted(unknown))}")
     layers = [layer for layer in LAYERS[backend] if layer not in without]
-    site = _package_paths(tuple(packages))
+    site = package_paths(tuple(packages))
     prefix = pathlib.Path(sys.base_prefix)
     libraries = [prefix / name for name in dict.fromkeys(("lib", sys.platlibdir)) if (prefix / name).is_dir()]
     outside = str(pathlib.Path(sys._base_executable).resolve())
@@ -137,8 +137,12 @@ def launch(backend: str, packages: Sequence[str], without: Sequence[str], scratc
 
 
 @functools.cache
-def _package_paths(packages: tuple[str, ...]) -> list[pathlib.Path]:
-    """The files and folders of the packages and of what they need."""
+def package_paths(packages: tuple[str, ...]) -> list[pathlib.Path]:
+    """The files and folders of installed distributions and of what they need.
+
+    Raises:
+      SandboxUnavailable: If one is not installed.
+    """
     found: dict[str, list[pathlib.Path]] = {}
     waiting = list(packages)
     while waiting:

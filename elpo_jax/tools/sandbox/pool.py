@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from elpo_jax.tools.base import InfrastructureError, Status, ToolResult
 from elpo_jax.tools.sandbox import probes, remote
-from elpo_jax.tools.sandbox.backends import LAYERS, LOCAL, SandboxUnavailable, fixes
+from elpo_jax.tools.sandbox.backends import LAYERS, LOCAL, SandboxUnavailable, fixes, package_paths
 from elpo_jax.tools.sandbox.limits import Limits
 from elpo_jax.tools.sandbox.worker import LocalWorker
 
@@ -75,7 +75,7 @@ class Sandbox:
       _without: For tests: layers of `backends.LAYERS` to leave out.
 
     Raises:
-      SandboxUnavailable: If no backend works, or the one asked for does not.
+      SandboxUnavailable: If no backend works, the one asked for does not, or a package is not installed.
       ValueError: If an argument makes no sense.
     """
 
@@ -97,6 +97,8 @@ class Sandbox:
         url = url or os.environ.get("ELPO_SANDBOX_URL", "")
         self.backend = choose(backend, url)
         self.limits = limits or Limits()
+        if self.backend != "remote":
+            package_paths(tuple(packages))  # what is missing is said now, and not tried again and again
         self._make: Callable[[], Worker] = (
             functools.partial(remote.RemoteWorker, url)
             if self.backend == "remote"

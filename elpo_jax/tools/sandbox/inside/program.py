@@ -6,6 +6,8 @@ anything: how the program ended, what it used and printed is seen from outside.
 
 import ast
 import atexit
+import contextlib
+import gc
 import linecache
 import os
 import sys
@@ -36,14 +38,29 @@ def main(code: bytes, mode: str, report: int) -> NoReturn:
         status = 1
         _print(error)
     try:
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+        _finish()
     except BaseException:
         status = status or 1
     leave(status)
+
+
+def _finish() -> None:
+    """What an interpreter does at its end: waits for threads, and writes what is still in the buffers of any file."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    _flush(sys.stdout, sys.stderr)
+    threading.excepthook = lambda *_: None  # of threads that go on without their names
+    module = sys.modules.get("__main__")
+    if isinstance(module, types.ModuleType):
+        module.__dict__.clear()
+    gc.collect()
+    _flush(sys.__stdout__, sys.__stderr__)
+
+
+def _flush(*streams: object) -> None:
+    for stream in streams:
+        with contextlib.suppress(Exception):  # closed, detached, or no stream at all
+            stream.flush()
 
 
 def _run(code: bytes, mode: str) -> int:

@@ -30,6 +30,7 @@ WATCH_S = 0.02  # how often where nothing else limits its files and threads
 AWAKE = 0.01  # the least share of a tick's time that a program computes for if it is not asleep
 CORES = os.cpu_count() or 1
 REPORT_BYTES = 256
+STACK_BYTES = 64 << 20  # of the main thread, for recursion through C; what is used of it counts as memory
 EXIT = os._exit
 READY = b"ready\n"  # on the report pipe, before any of the program runs
 
@@ -277,6 +278,7 @@ class Worker:
         for kind, value in (
             (resource.RLIMIT_AS, self._base + limits["memory"]),
             (resource.RLIMIT_CPU, cpu),
+            (resource.RLIMIT_STACK, STACK_BYTES),
             (resource.RLIMIT_FSIZE, limits["file"]),
             (resource.RLIMIT_NOFILE, limits["open_files"]),
             (resource.RLIMIT_CORE, 0),
