@@ -690,7 +690,10 @@ HEADERS = {
 
 def filtered(machine, number, arguments=(), own_files=True, audit=None, pid=4242):
     """What the kernel would answer."""
-    program = seccomp.Filter(own_files, machine).program(pid)
+    code, own = seccomp.build(own_files, machine)
+    program = bytearray(code)
+    for place in own:
+        struct.pack_into("=I", program, place, pid)
     data = struct.pack("=iIQ6Q", number, audit or AUDIT[machine], 0, *[*arguments, 0, 0, 0, 0, 0, 0][:6])
     accumulator, at = 0, 0
     while True:
@@ -700,8 +703,6 @@ def filtered(machine, number, arguments=(), own_files=True, audit=None, pid=4242
             (accumulator,) = struct.unpack_from("=I", data, k)
         elif code == 0x54:
             accumulator &= k
-        elif code == 0x05:
-            at += k
         elif code == 0x15:
             at += yes if accumulator == k else no
         elif code == 0x35:

@@ -108,12 +108,15 @@ def pivot_root_here() -> None:
     os.chdir("/")
 
 
+_CAPABILITY_HEADER = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0), 8)
+_CAPABILITIES = ctypes.create_string_buffer(24)
+
+
 def set_capabilities(permitted: int, inheritable: int) -> None:
     """Sets the effective and permitted set to `permitted`."""
-    header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0), 8)
     halves = [(word >> shift) & 0xFFFFFFFF for shift in (0, 32) for word in (permitted, permitted, inheritable)]
-    data = ctypes.create_string_buffer(struct.pack("=6I", *halves), 24)
-    _syscall("capset", SYS_CAPSET, header, data)
+    struct.pack_into("=6I", _CAPABILITIES, 0, *halves)
+    _syscall("capset", SYS_CAPSET, _CAPABILITY_HEADER, _CAPABILITIES)
 
 
 def keep_capability(capability: int) -> None:
@@ -150,11 +153,27 @@ class Init:
         os.close(self.fd)
 
 
-def install_filter(program: bytes) -> None:
-    """Puts a seccomp filter on this process, for good."""
-    code = ctypes.create_string_buffer(program, len(program))
-    header = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", len(program) // 8, ctypes.addressof(code)), 16)
-    prctl(PR_SET_SECCOMP, 2, ctypes.addressof(header))
+class Filter:
+    """A seccomp filter that only the process's own id is missing from.
+
+    All of it is laid out beforehand: in a new process even making a buffer takes a while.
+
+    Args:
+      program: Instructions, 8 bytes each.
+      own: Where in it the process's id belongs.
+    """
+
+    def __init__(self, program: bytes, own: list[int]):
+        self._code = ctypes.create_string_buffer(program, len(program))
+        header = struct.pack("=HxxxxxxQ", len(program) // 8, ctypes.addressof(self._code))
+        self._header = ctypes.create_string_buffer(header, 16)
+        self._own = own
+
+    def install(self, pid: int) -> None:
+        """Puts it on this process, for good."""
+        for place in self._own:
+            struct.pack_into("=I", self._code, place, pid)
+        prctl(PR_SET_SECCOMP, 2, ctypes.addressof(self._header))
 
 
 def landlock_version() -> int:

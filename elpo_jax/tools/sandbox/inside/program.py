@@ -8,6 +8,7 @@ import ast
 import atexit
 import contextlib
 import gc
+import io
 import linecache
 import os
 import sys
@@ -18,6 +19,7 @@ from typing import NoReturn
 
 NAME = "<code>"
 LINE = 300  # characters of a line of a traceback, which may hold a program of one line
+LINES = 100  # of a traceback, which may be of a recursion through several functions
 
 
 def main(code: bytes, mode: str, report: int) -> NoReturn:
@@ -67,7 +69,7 @@ def _run(code: bytes, mode: str) -> int:
     """The program's exit code, if no exception ends it."""
     text = code.decode("utf-8", "surrogatepass")
     module = sys.modules["__main__"] = types.ModuleType("__main__")
-    linecache.cache[NAME] = (len(text), None, text.splitlines(keepends=True), NAME)  # for tracebacks and inspect
+    linecache.cache[NAME] = (len(text), None, io.StringIO(text).readlines(), NAME)  # for tracebacks and inspect
     try:
         if mode == "notebook":
             _run_notebook(text, module.__dict__)
@@ -117,10 +119,12 @@ def _print(error: BaseException) -> None:
         frame = error.__traceback__
         while frame is not None and frame.tb_frame.f_code.co_filename != NAME:
             frame = frame.tb_next
-        if sys.stderr is None:
-            return
-        for text in traceback.format_exception(type(error), error, frame):
-            for line in text.splitlines():
+        lines = "".join(traceback.format_exception(type(error), error, frame)).splitlines()
+        if len(lines) > LINES:
+            lines[LINES // 2 : -LINES // 2] = ["  [... lines cut ...]"]
+        if sys.stderr is not None:
+            for line in lines:
                 print(line if len(line) <= LINE else f"{line[:LINE]}...", file=sys.stderr)
     except BaseException:  # the program's own __str__, or no memory left
-        os.write(2, f"{_name(error)}\n".encode("utf-8", "replace"))
+        with contextlib.suppress(OSError):
+            os.write(2, f"{_name(error)}\n".encode("utf-8", "replace"))

@@ -184,7 +184,7 @@ _SELF = "self"  # stands for the process's own id
 _ANY = 0xFFFFFFFF
 
 # What is done with the first alternative whose conditions (argument, mask, value) all hold; if none, it is refused.
-_LET, _END = "let", "end"
+_LET, _REFUSE, _END = "let", "refuse", "end"
 _CLONE_THREAD = 0x00010000
 _O_ACCMODE, _O_TRUNC = 0x3, 0x200
 _SIGKILL, _RLIMIT_CPU = 9, 0
@@ -211,19 +211,16 @@ _IF = {
     "kill": ((62, 129), _signals(1)),
     "tgkill": ((234, 131), _signals(2)),
     "rt_sigqueueinfo": ((129, 138), _signals(1)),
-    # Limits of its own, downwards; but the kernel's SIGKILL at its CPU limit must come from us. `getrlimit` is in here.
+    # Its own limits, downwards; but the kernel's SIGKILL at the limit of CPU time must come from us.
     "prlimit64": (
         (302, 261),
         [
-            (_LET, [(0, _ANY, pid), *condition])
-            for pid in (0, _SELF)
-            for condition in (
-                [(2, _ANY, 0), (2.5, _ANY, 0)],  # only asks
-                *([(1, _ANY, kind)] for kind in range(_RLIMIT_CPU + 1, 16)),
-            )
+            *((_LET, [(0, _ANY, pid), (2, _ANY, 0), (2.5, _ANY, 0)]) for pid in (0, _SELF)),  # only asks
+            (_REFUSE, [(1, _ANY, _RLIMIT_CPU)]),
+            *_either(0, 0, _SELF),
         ],
     ),
-    "setrlimit": ((160, 164), _either(0, *range(_RLIMIT_CPU + 1, 16))),
+    "setrlimit": ((160, 164), [(_REFUSE, [(0, _ANY, _RLIMIT_CPU)]), (_LET, [])]),
     # No destination: the pair is connected, and an address could name a socket of somebody else.
     "sendto": ((44, 206), [(_LET, [(4, _ANY, 0), (4.5, _ANY, 0)])]),
     # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
@@ -240,79 +237,54 @@ _ABSENT = {"clone3": (435, 435), "openat2": (437, 437)}
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 _X32 = 0x40000000
 
-_LOAD, _AND, _JUMP, _JEQ, _JGE, _RET = 0x20, 0x54, 0x05, 0x15, 0x35, 0x06
+_LOAD, _AND, _JEQ, _JGE, _RET = 0x20, 0x54, 0x15, 0x35, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
 
-class Filter:
+def build(own_files: bool, machine: str = platform.machine()) -> tuple[bytes, list[int]]:
     """The BPF program of an architecture.
 
     Args:
       own_files: Whether the program can reach no files but its own, so that their modes and times are its own as well.
       machine: "x86_64" or "aarch64".
 
+    Returns:
+      The instructions, 8 bytes each, and the places in them where the id of the process belongs, 4 bytes each.
+
     Raises:
       OSError: If the architecture has no table.
     """
+    if machine not in _ARCHITECTURES:
+        raise OSError(errno.ENOSYS, f"no system-call table for {machine}")
+    audit, column = _ARCHITECTURES[machine]
+    code = [(_LOAD, 0, 0, 4), (_JEQ, 1, 0, audit), (_RET, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+    if machine == "x86_64":
+        code += [(_JGE, 0, 1, _X32), (_RET, 0, 0, _KILL)]
+    always = [(_LET, [])]
+    rules = {name: (numbers, always) for name, numbers in (_FREE | (_OWN_FILES if own_files else {})).items()} | _IF
+    for numbers, alternatives in rules.values():
+        if numbers[column] is not None:
+            code += _rule(numbers[column], alternatives)
+    for numbers in _ABSENT.values():
+        code += [(_JEQ, 0, 1, numbers[column]), (_RET, 0, 0, _ERRNO | errno.ENOSYS)]
+    code.append((_RET, 0, 0, _ERRNO | errno.EPERM))
+    own = [8 * index + 4 for index, instruction in enumerate(code) if instruction[3] == _SELF]
+    packed = (struct.pack("=HBBI", *rest, 0 if value == _SELF else value) for *rest, value in code)
+    return b"".join(packed), own
 
-    def __init__(self, own_files: bool, machine: str = platform.machine()):
-        if machine not in _ARCHITECTURES:
-            raise OSError(errno.ENOSYS, f"no system-call table for {machine}")
-        audit, column = _ARCHITECTURES[machine]
-        self._code: list[tuple[int, int, int, int]] = []
-        self._self_at: list[int] = []
-        self._emit(_LOAD, 4)
-        self._emit(_JEQ, audit, 1, 0)
-        self._emit(_RET, _KILL)
-        self._emit(_LOAD, 0)
-        if machine == "x86_64":
-            self._emit(_JGE, _X32, 0, 1)
-            self._emit(_RET, _KILL)
-        for name, numbers in (_FREE | (_OWN_FILES if own_files else {})).items():
-            self._on(name, numbers[column], [(_LET, [])])
-        for name, (numbers, alternatives) in _IF.items():
-            self._on(name, numbers[column], alternatives)
-        for numbers in _ABSENT.values():
-            self._emit(_JEQ, numbers[column], 0, 1)
-            self._emit(_RET, _ERRNO | errno.ENOSYS)
-        self._emit(_RET, _ERRNO | errno.EPERM)
-        self._bytes = b"".join(struct.pack("=HBBI", *instruction) for instruction in self._code)
 
-    def program(self, pid: int) -> bytes:
-        """The instructions, 8 bytes each, for the process `pid`."""
-        code = bytearray(self._bytes)
-        for index in self._self_at:
-            struct.pack_into("=I", code, 8 * index + 4, pid)
-        return bytes(code)
+def _rule(number: int, alternatives: list) -> list[tuple]:
+    """Instructions for one call: the first alternative that holds decides; if none does, it is refused."""
+    body = [instruction for action, conditions in alternatives for instruction in _alternative(action, conditions)]
+    if alternatives[-1][1]:  # else the last one always holds
+        body.append((_RET, 0, 0, _ERRNO | errno.EPERM))
+    return [(_JEQ, 0, len(body), number), *body]
 
-    def _emit(self, operation: int, value: int, yes: int = 0, no: int = 0) -> None:
-        self._code.append((operation, yes, no, value))
 
-    def _on(self, name: str, number: int | None, alternatives: list) -> None:
-        if number is None:
-            return
-        blocks = [self._block(action, conditions) for action, conditions in alternatives]
-        always = alternatives == [(_LET, [])]
-        length = sum(map(len, blocks)) + (not always)
-        if length <= 255:
-            self._emit(_JEQ, number, 0, length)
-        else:  # a conditional jump is too short
-            self._emit(_JEQ, number, 1, 0)
-            self._emit(_JUMP, length)
-        for block in blocks:
-            for operation, yes, no, value in block:
-                if value == _SELF:
-                    self._self_at.append(len(self._code))
-                    value = 0
-                self._emit(operation, value, yes, no)
-        if not always:
-            self._emit(_RET, _ERRNO | errno.EPERM)  # nothing follows: the number is no longer in the accumulator
-
-    @staticmethod
-    def _block(action: str, conditions: list) -> list:
-        """Instructions that act if all conditions hold and else run to their end."""
-        block = []
-        for done, (argument, mask, value) in enumerate(conditions):
-            left = 3 * (len(conditions) - done) - 2  # to the end: what this and later conditions take, and the return
-            block += [(_LOAD, 0, 0, int(16 + 8 * argument)), (_AND, 0, 0, mask), (_JEQ, 0, left, value)]
-        return [*block, (_RET, 0, 0, _ALLOW if action == _LET else _KILL)]
+def _alternative(action: str, conditions: list) -> list[tuple]:
+    """Instructions that act if all conditions hold and else run to their end."""
+    body = []
+    for done, (argument, mask, value) in enumerate(conditions):
+        left = 3 * (len(conditions) - done) - 2  # to the end: what this and later conditions take, and the return
+        body += [(_LOAD, 0, 0, int(16 + 8 * argument)), (_AND, 0, 0, mask), (_JEQ, 0, left, value)]
+    return [*body, (_RET, 0, 0, {_LET: _ALLOW, _REFUSE: _ERRNO | errno.EPERM, _END: _KILL}[action])]
