@@ -122,6 +122,7 @@ class RolloutConfig:
       interpreter_workers: Processes that run model-written programs.
       interpreter_seconds: CPU seconds per program.
       interpreter_memory_mb: Memory per program, beyond what Python and its packages take.
+      interpreter_packages: Installed packages that programs can import beside the standard library.
       interpreter_chars: Longest answer of the interpreter; of a longer one, head and tail are shown.
       interpreter_traceback: "frames" shows of an error where in the program it arose, "last_line" only what it was.
     """
@@ -132,6 +133,7 @@ class RolloutConfig:
     interpreter_workers: int = 2
     interpreter_seconds: float = 2.0
     interpreter_memory_mb: int = 512
+    interpreter_packages: tuple[str, ...] = ("numpy", "sympy")
     interpreter_chars: int = 1000
     interpreter_traceback: Literal["frames", "last_line"] = "last_line"
 

@@ -703,6 +703,8 @@ def filtered(machine, number, arguments=(), own_files=True, audit=None, pid=4242
             (accumulator,) = struct.unpack_from("=I", data, k)
         elif code == 0x54:
             accumulator &= k
+        elif code == 0x05:
+            at += k
         elif code == 0x15:
             at += yes if accumulator == k else no
         elif code == 0x35:
@@ -756,6 +758,22 @@ def test_the_filter_answers_as_meant(machine):
     assert filtered(machine, 0, audit=0x40000003) == KILL  # the 32-bit ABI
     if x86:
         assert filtered(machine, 0x40000000) == KILL  # x32
+
+
+@pytest.mark.parametrize("own_files", [True, False])
+@pytest.mark.parametrize("machine", AUDIT)
+def test_every_number_finds_its_rule(machine, own_files):
+    """The search by halving against the tables it was made of, for every number there is and many that are not."""
+    column = list(AUDIT).index(machine)
+    free = {numbers[column] for numbers in seccomp._FREE.values()}
+    free |= {numbers[column] for numbers in seccomp._OWN_FILES.values()} if own_files else set()
+    conditional = {rule[0][column] for rule in seccomp._IF.values()}
+    absent = {numbers[column] for numbers in seccomp._ABSENT.values()}
+    for number in range(700):
+        if number in conditional:
+            continue  # test_the_filter_answers_as_meant
+        expected = ALLOW if number in free else ENOSYS if number in absent else EPERM
+        assert filtered(machine, number, own_files=own_files) == expected, number
 
 
 @pytest.mark.parametrize("machine", AUDIT)

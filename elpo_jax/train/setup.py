@@ -109,7 +109,14 @@ def open_tools(config: Config) -> Iterator[tuple[TaskStream, dict[str, ToolBox],
         for name in config.tasks.families:
             if name == "wordmath":
                 limits = Limits(cpu_s=rollout.interpreter_seconds, memory_mb=rollout.interpreter_memory_mb)
-                sandbox = stack.enter_context(Sandbox(rollout.interpreter_workers, limits, backend=rollout.sandbox))
+                sandbox = stack.enter_context(
+                    Sandbox(
+                        rollout.interpreter_workers,
+                        limits,
+                        backend=rollout.sandbox,
+                        packages=rollout.interpreter_packages,
+                    )
+                )
                 interpreter = CodeInterpreter(
                     sandbox, output_chars=rollout.interpreter_chars, traceback=rollout.interpreter_traceback
                 )

@@ -237,7 +237,7 @@ _ABSENT = {"clone3": (435, 435), "openat2": (437, 437)}
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 _X32 = 0x40000000
 
-_LOAD, _AND, _JEQ, _JGE, _RET = 0x20, 0x54, 0x15, 0x35, 0x06
+_LOAD, _AND, _JUMP, _JEQ, _JGE, _RET = 0x20, 0x54, 0x05, 0x15, 0x35, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
 
@@ -257,28 +257,50 @@ def build(own_files: bool, machine: str = platform.machine()) -> tuple[bytes, li
     if machine not in _ARCHITECTURES:
         raise OSError(errno.ENOSYS, f"no system-call table for {machine}")
     audit, column = _ARCHITECTURES[machine]
+    always = [(_LET, [])]
+    named = {name: (numbers, always) for name, numbers in (_FREE | (_OWN_FILES if own_files else {})).items()} | _IF
+    rules = {numbers[column]: _rule(alternatives) for numbers, alternatives in named.values()}
+    rules |= {numbers[column]: [(_RET, 0, 0, _ERRNO | errno.ENOSYS)] for numbers in _ABSENT.values()}
+    rules.pop(None, None)  # calls that this architecture does not have
     code = [(_LOAD, 0, 0, 4), (_JEQ, 1, 0, audit), (_RET, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     if machine == "x86_64":
         code += [(_JGE, 0, 1, _X32), (_RET, 0, 0, _KILL)]
-    always = [(_LET, [])]
-    rules = {name: (numbers, always) for name, numbers in (_FREE | (_OWN_FILES if own_files else {})).items()} | _IF
-    for numbers, alternatives in rules.values():
-        if numbers[column] is not None:
-            code += _rule(numbers[column], alternatives)
-    for numbers in _ABSENT.values():
-        code += [(_JEQ, 0, 1, numbers[column]), (_RET, 0, 0, _ERRNO | errno.ENOSYS)]
-    code.append((_RET, 0, 0, _ERRNO | errno.EPERM))
+    code += _search(_segments(rules))
     own = [8 * index + 4 for index, instruction in enumerate(code) if instruction[3] == _SELF]
     packed = (struct.pack("=HBBI", *rest, 0 if value == _SELF else value) for *rest, value in code)
     return b"".join(packed), own
 
 
-def _rule(number: int, alternatives: list) -> list[tuple]:
+def _segments(rules: dict[int, list[tuple]]) -> list[tuple[int, list[tuple]]]:
+    """First number and instructions of each run of numbers that are treated alike; what has no rule is refused."""
+    refused = [(_RET, 0, 0, _ERRNO | errno.EPERM)]
+    segments: list[tuple[int, list[tuple]]] = []
+    for number in range(max(rules) + 2):
+        rule = rules.get(number, refused)
+        if not segments or segments[-1][1] != rule:
+            segments.append((number, rule))
+    return segments
+
+
+def _search(segments: list[tuple[int, list[tuple]]]) -> list[tuple]:
+    """Instructions that find the segment of the number in the accumulator by halving, and act as it says.
+
+    The kernel walks through a filter once for every call there is, whenever one is installed, so a short way counts.
+    """
+    if len(segments) == 1:
+        return segments[0][1]
+    half = len(segments) // 2
+    low, high = _search(segments[:half]), _search(segments[half:])
+    if len(low) <= 255:
+        return [(_JGE, len(low), 0, segments[half][0]), *low, *high]
+    return [(_JGE, 0, 1, segments[half][0]), (_JUMP, 0, 0, len(low)), *low, *high]  # too far for a conditional jump
+
+
+def _rule(alternatives: list) -> list[tuple]:
     """Instructions for one call: the first alternative that holds decides; if none does, it is refused."""
     body = [instruction for action, conditions in alternatives for instruction in _alternative(action, conditions)]
-    if alternatives[-1][1]:  # else the last one always holds
-        body.append((_RET, 0, 0, _ERRNO | errno.EPERM))
-    return [(_JEQ, 0, len(body), number), *body]
+    # The last one always holds, or something has to follow; not a look at the number, which is overwritten.
+    return body if not alternatives[-1][1] else [*body, (_RET, 0, 0, _ERRNO | errno.EPERM)]
 
 
 def _alternative(action: str, conditions: list) -> list[tuple]:
