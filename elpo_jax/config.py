@@ -15,6 +15,7 @@ from typing import Any, Literal
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.policy.recipes import Recipe, elpo, grpo
 from elpo_jax.rollout.sampler import SamplerConfig
+from elpo_jax.tools.observation import LEAST_LIMIT
 from elpo_jax.train.mesh import MeshConfig
 from elpo_jax.train.step import OptimizerConfig
 
@@ -123,8 +124,10 @@ class RolloutConfig:
       interpreter_seconds: CPU seconds per program.
       interpreter_memory_mb: Memory per program, beyond what Python and its packages take.
       interpreter_packages: Installed packages that programs can import beside the standard library.
-      interpreter_chars: Longest answer of the interpreter; of a longer one, head and tail are shown.
+      interpreter_tokens: Longest answer of the interpreter; of a longer one, head and tail are shown.
       interpreter_traceback: "frames" shows of an error where in the program it arose, "last_line" only what it was.
+      interpreter_reference: Runs and answers programs as the reference recipe does, quirks included, whatever the two
+        keys above say.
     """
 
     temperature: float = 1.0
@@ -134,8 +137,9 @@ class RolloutConfig:
     interpreter_seconds: float = 2.0
     interpreter_memory_mb: int = 512
     interpreter_packages: tuple[str, ...] = ("numpy", "sympy")
-    interpreter_chars: int = 1000
+    interpreter_tokens: int = 128
     interpreter_traceback: Literal["frames", "last_line"] = "last_line"
+    interpreter_reference: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +210,7 @@ _BOUNDS = (
     ("rollout.interpreter_workers", 1, math.inf),
     ("rollout.interpreter_seconds", 0.01, math.inf),
     ("rollout.interpreter_memory_mb", 64, math.inf),
-    ("rollout.interpreter_chars", 64, math.inf),
+    ("rollout.interpreter_tokens", LEAST_LIMIT, math.inf),
     ("sft.mistake_rate", 0, 1),
     ("sft.slack", 0, math.inf),
     ("sft.steps", 0, math.inf),

@@ -10,7 +10,7 @@ import contextlib
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
@@ -299,6 +299,13 @@ def protocol_of(
     )
 
 
+# Faults of ours: their names in results.json, the metric of each, and what it counts.
+FAULTS = {
+    "lost_attempts": ("rollout/infrastructure_failures", "attempts lost"),
+    "sandbox_errors": ("sandbox/sandbox_errors", "programs given up"),
+    "sandbox_retries": ("sandbox/retries", "programs run again"),
+    "paused_s": ("sandbox/paused_s", "seconds paused"),
+}
 # The keys that results.json and an eval/NAME.json are read by.
 RESULTS = {"protocol", "families", "budget", "seconds"}
 FIGURES = {"protocol", "protocol_line", "families", "seconds"}
@@ -319,11 +326,6 @@ def summarise(config: Config, workdir: pathlib.Path, elapsed: float) -> dict:
     evals = {name: read_figures(workdir / "eval" / f"{name}.json", FIGURES) for name in names}
     rows = {name: read_metrics(workdir / name / "metrics.jsonl") for name in names}
     k = f"avg@{config.eval.k}"
-    totals = {
-        "rollouts": "rollout/rollouts",
-        "model_tokens": "rollout/model_tokens",
-        "tool_calls": "rollout/tool_calls",
-    }
     seconds = {name: sum(row["seconds/step"] for row in rows[name]) for name in names}
     seconds["eval"] = sum(figures["seconds"] for figures in evals.values())
     seconds["total"] = max(elapsed, sum(seconds.values()))  # a resumed run: at least what its stages took
@@ -336,13 +338,20 @@ def summarise(config: Config, workdir: pathlib.Path, elapsed: float) -> dict:
         }
         if config.eval.validation_tasks
         else None,
-        "budget": {
-            name: {total: int(sum(row[key] for row in rows[name])) for total, key in totals.items()}
-            for name in names[1:]
-        },
+        "budget": {name: totals(rows[name]) for name in names[1:]},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "provenance": provenance() | {"config": config.name, "seed": config.seed},
     }
+
+
+def totals(rows: Sequence[Mapping]) -> dict[str, int | float]:
+    """What an algorithm's training took, and what was lost on the way to faults of ours, from its metrics."""
+    spent = {
+        name: int(sum(row[f"rollout/{name}"] for row in rows)) for name in ("rollouts", "model_tokens", "tool_calls")
+    }
+    # Not in every row: a run without programs has no sandbox.
+    faults = {name: sum(row.get(key, 0) for row in rows) for name, (key, _) in FAULTS.items()}
+    return spent | {name: round(value, 1) if name == "paused_s" else int(value) for name, value in faults.items()}
 
 
 def accuracies(evals: dict[str, dict], metric: str) -> dict[str, dict[str, dict]]:
@@ -367,7 +376,7 @@ def show(results: dict) -> None:
             budget = results["budget"].get(name)
             spent = (
                 f"   {budget['rollouts']:,} rollouts, {budget['model_tokens']:,} model tokens, "
-                f"{budget['tool_calls']:,} tool calls"
+                f"{budget['tool_calls']:,} tool calls{faults_line(budget)}"
                 if budget
                 else ""
             )
@@ -375,6 +384,12 @@ def show(results: dict) -> None:
                 f"  {family:<9} {name:<6} {key} {100 * figures[key]:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]{spent}"
             )
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items()))
+
+
+def faults_line(budget: Mapping) -> str:
+    """What was lost to faults of ours; empty where nothing was."""
+    parts = [f"{words} {budget[key]:,}" for key, (_, words) in FAULTS.items() if budget.get(key)]
+    return f"; faults of ours: {', '.join(parts)}" if parts else ""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,8 +1,14 @@
 """Trees that a real policy made with real tools: what was sampled is what is kept, and branches are true."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import os
 import pathlib
+import signal
+import threading
+import time
 
 import jax
 import numpy as np
@@ -20,9 +26,11 @@ from elpo_jax.rollout.sampler import Completion, Sampler
 from elpo_jax.text.chat import Message
 from elpo_jax.text.parser import call_text
 from elpo_jax.tools.base import InfrastructureError, Status, ToolCall
+from elpo_jax.tools.sandbox import pool
 from elpo_jax.tools.toolbox import Request, ToolBox
 from elpo_jax.train.checkpoint import Checkpoints
 from elpo_jax.train.mesh import make_mesh
+from elpo_jax.train.rl import stop_if_truncated
 from elpo_jax.train.setup import build_environment, build_tokenizer, open_tools
 from elpo_jax.train.state import init_state
 from elpo_jax.train.step import make_optimizer
@@ -300,6 +308,145 @@ def test_attempts_lost_to_our_machinery_do_not_count(world):
     with ToolBox([Breaking(interpreter, 10**6)], retries=0) as toolbox:
         environment = dataclasses.replace(world.environment, toolboxes={"wordmath": toolbox})
         with pytest.raises(RuntimeError, match="tool failures of ours"):
+            sample(tasks, 4, environment, world.sampler(16), seed=0, step=3, temperature=1.0)
+
+
+@contextlib.contextmanager
+def fresh_tools(world, workers):
+    """An environment with a sandbox of its own, whose interpreter remembers nothing: every call runs a program."""
+    rollout = dataclasses.replace(world.config.rollout, interpreter_workers=workers, interpreter_packages=())
+    config = dataclasses.replace(world.config, rollout=rollout)
+    with open_tools(config) as (stream, toolboxes, sandbox):
+        environment = build_environment(config, world.environment.chat.tokenizer, stream, toolboxes, sandbox)
+        (interpreter,) = stream.families["wordmath"].tools
+        interpreter._remembered = 0
+        yield environment, sandbox
+
+
+def grow_wordmath(world, environment):
+    tasks = [world.stream.family_task("wordmath", "validation", i) for i in range(6)]
+    search = SearchConfig(budget=8, buffer=2, infrastructure_retries=8)
+    return collect(tasks, search, environment, world.sampler(16), seed=0, step=5, temperature=1.2)
+
+
+def content(tree, logprobs):
+    """All that training sees of a tree."""
+    leaves = []
+    for leaf in tree.leaves:
+        t = leaf.trajectory
+        results = [s.result and (s.result.status, s.result.detail, s.result.text) for s in t.steps]
+        measured = t.logprobs().tobytes() if logprobs else b""
+        leaves.append((leaf.parent, leaf.anchor, t.ids().tolist(), results, t.finish, t.reward, t.success, measured))
+    return leaves, [dataclasses.astuple(search) for search in tree.searches]
+
+
+@pytest.fixture(scope="module")
+def calm(world):
+    """Trees that nothing disturbed; their programs end in several ways, and some attempts succeed."""
+    with fresh_tools(world, workers=2) as (environment, sandbox):
+        trees = grow_wordmath(world, environment)
+        counters = sandbox.counters()
+    assert counters.pop("calls") > 60 and not any(counters.values())
+    leaves = [leaf for tree in trees for leaf in tree.leaves]
+    assert len({s.result.status for leaf in leaves for s in leaf.trajectory.steps if s.result is not None}) > 1
+    assert {leaf.trajectory.success for leaf in leaves} == {True, False}
+    assert any(leaf.parent is not None for leaf in leaves)
+    return trees
+
+
+def descendants(pid):
+    """A process and all below it that there are now."""
+    found, new = set(), [pid]
+    while new:
+        one = new.pop()
+        found.add(one)
+        for path in pathlib.Path(f"/proc/{one}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                new += [int(child) for child in path.read_text().split()]
+    return found
+
+
+def test_workers_that_are_killed_change_no_tree(world, calm):
+    """All processes of all workers, again and again, each time just after a call began."""
+    with fresh_tools(world, workers=2) as (environment, sandbox):
+        done, kills = threading.Event(), []
+
+        def kill():
+            last = 0
+            while not done.wait(0.0005):
+                calls = sandbox.counters()["calls"]
+                if calls >= last + 8:
+                    last = calls
+                    with sandbox._lock:
+                        pids = [worker.pid for worker in sandbox._live]
+                    for pid in set().union(*map(descendants, pids)):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                            kills.append(pid)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            trees = grow_wordmath(world, environment)
+        finally:
+            done.set()
+            killer.join()
+        counters = sandbox.counters()
+    assert len(kills) > 10 and counters["restarts"] >= 5, (kills, counters)
+    assert counters["sandbox_errors"] == 0
+    assert [tree.infrastructure_failures for tree in trees] == [0] * len(trees)
+    assert [content(tree, True) for tree in trees] == [content(tree, True) for tree in calm]
+
+
+def test_attempts_that_the_sandbox_lost_are_played_again_and_nothing_else_changes(world, calm):
+    """Every seventh program fails as often as it is tried."""
+    with fresh_tools(world, workers=1) as (environment, sandbox):
+        attempt, programs, failures = sandbox._attempt, 0, 0
+
+        def attempt_or_fail(*program):
+            nonlocal programs, failures
+            sandbox._breaker.clear()  # so many faults would make it pause, which other tests look at
+            if not failures:
+                programs += 1
+                failures = 3 * (programs % 7 == 0)
+            if failures:
+                failures -= 1
+                raise InfrastructureError("worker died")
+            return attempt(*program)
+
+        sandbox._attempt = attempt_or_fail
+        trees = grow_wordmath(world, environment)
+        counters = sandbox.counters()
+    lost = counters["sandbox_errors"]
+    assert lost == programs // 7 >= 10 and counters["retries"] == 2 * lost
+    assert sum(tree.infrastructure_failures for tree in trees) == lost, "an attempt is lost to one call"
+    steps = [step for tree in trees for leaf in tree.leaves for step in leaf.trajectory.steps]
+    assert not any(s.result is not None and s.result.status is Status.SANDBOX_ERROR for s in steps)
+    assert not any(tree.truncated for tree in trees)
+    assert [content(tree, False) for tree in trees] == [content(tree, False) for tree in calm]
+
+
+def test_a_sandbox_that_gave_up_ends_the_batch_instead_of_keeping_it_waiting(world, monkeypatch):
+    monkeypatch.setattr(pool, "PATIENCE_SECONDS", 0.5)
+    with fresh_tools(world, workers=2) as (environment, sandbox):
+        attempt, programs = sandbox._attempt, itertools.count()
+
+        def attempt_or_fail(*program):
+            if next(programs) >= 30:
+                raise InfrastructureError("no memory")
+            return attempt(*program)
+
+        sandbox._attempt, sandbox._probe = attempt_or_fail, lambda: False
+        began = time.monotonic()
+        trees = grow_wordmath(world, environment)
+        assert time.monotonic() - began < 60
+        assert any(tree.truncated for tree in trees) and all(len(tree.leaves) <= 8 for tree in trees)
+        steps = [step for tree in trees for leaf in tree.leaves for step in leaf.trajectory.steps]
+        assert not any(s.result is not None and s.result.status is Status.SANDBOX_ERROR for s in steps)
+        with pytest.raises(InfrastructureError, match="--resume"):
+            stop_if_truncated(trees)
+        tasks = [world.stream.family_task("wordmath", "validation", i) for i in range(4)]
+        with pytest.raises(InfrastructureError, match="no accuracy is reported"):
             sample(tasks, 4, environment, world.sampler(16), seed=0, step=3, temperature=1.0)
 
 

@@ -158,6 +158,8 @@ def test_the_protocol_says_everything_that_a_figure_depends_on():
         "of slack), k=8, temperature 0.6, seed 3, noise 0.25, turn <= 64 tokens, context 256; "
         "isolation of programs: namespaces; checker: exact; maj@k ties: first; 95 % bootstrap"
     )
+    unsafe = dataclasses.replace(protocol, isolation="unsafe")
+    assert "isolation of programs: NONE (unsafe); " in unsafe.line()
     others = {"difficulties": {"wordmath": (5,), "ledger": (5,)}, "slack": {"wordmath": 7, "ledger": 7}}
     for name, value in vars(protocol).items():  # no part of it is left out
         other = others.get(name) or value + ("!" if isinstance(value, str) else 1)

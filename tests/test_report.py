@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import report_fixture
+import tiny
 from factories import make_tree
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +33,7 @@ from elpo_jax.tools.base import Status
 from elpo_jax.trees.serial import tree_from_json, tree_to_json
 from elpo_jax.trees.trajectory import Finish
 from elpo_jax.trees.tree import Leaf, SearchRecord
+from experiments.run import show, summarise
 
 ROOT = Path(__file__).parents[1]
 
@@ -434,6 +436,31 @@ def test_policies_on_the_same_tasks_are_compared_task_by_task():
     assert "per_task" not in json.dumps(result_tables({"families": {"a": {"elpo": figures[0]}}}, {}))
     shorter = figures[1] | {"per_task": elpo[:100].tolist()}
     assert "paired" not in comparison(figures[0], shorter), "other tasks"
+
+
+def test_faults_of_ours_are_counted_and_shown(tiny_run, tmp_path, capsys):
+    counts = ("lost_attempts", "sandbox_errors", "sandbox_retries", "paused_s")
+    results = json.loads((tiny_run / "results.json").read_text())
+    assert all(results["budget"][name][key] == 0 for name in ("grpo", "elpo") for key in counts)
+    show(results)
+    assert "faults of ours" not in capsys.readouterr().out
+    copy = tmp_path / "run"
+    shutil.copytree(tiny_run, copy, ignore=shutil.ignore_patterns("checkpoints", "compile_cache"))
+    path = copy / "elpo" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {"sandbox/sandbox_errors", "sandbox/retries", "sandbox/paused_s"} <= rows[0].keys(), "what is counted"
+    rows[0] |= {"rollout/infrastructure_failures": 2, "sandbox/sandbox_errors": 1.0, "sandbox/retries": 3.0}
+    rows[1] |= {"rollout/infrastructure_failures": 1, "sandbox/retries": 4.0, "sandbox/paused_s": 12.34}
+    rows[2] = {key: value for key, value in rows[2].items() if not key.startswith("sandbox/")}
+    report_fixture.write_rows(path, rows)
+    counted = summarise(tiny.get_config(), copy, 0.0)
+    assert [counted["budget"]["elpo"][key] for key in counts] == [3, 1, 7, 12.3]
+    assert counted["budget"]["grpo"] == results["budget"]["grpo"]
+    show(counted)
+    said = capsys.readouterr().out
+    assert "; faults of ours: attempts lost 3, programs given up 1, programs run again 7, seconds paused 12.3\n" in said
+    row = next(row for row in result_tables(counted, {})["budget"] if row["name"] == "elpo")
+    assert [row[key] for key in counts] == [3, 1, 7, 12.3]
 
 
 # --- a real run ------------------------------------------------------------------------------------------------------

@@ -287,6 +287,30 @@ def test_the_results_stand_beside_their_protocol(run, visit):
     assert all(words in head for words in ("quickstart", "17", "3f9c2d1", "a laptop", report_fixture.LINE))
 
 
+def test_the_cost_names_what_faults_of_ours_took(run, tmp_path, visit):
+    table = 'table[aria-label="Cost of training"]'
+    page = visit(run)
+    head = page.locator(f"{table} thead th").all_inner_texts()
+    lost = head.index("lost to faults of ours")
+    cells = page.locator(f"{table} tbody tr", has_text="ELPO").locator("th, td").all_inner_texts()
+    assert len(cells) == len(head) and cells[lost] == "3" and cells[-1] == "2 min 46 s"
+    caption = page.locator("#results .caption", has_text="Cost of training").inner_text()
+    assert "ELPO: 12 programs run again, 3 programs given up, paused for 40.5 s." in caption and "GRPO" not in caption
+    # Results of before this was counted.
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    results = json.loads((old / "results.json").read_text())
+    for name, row in results["budget"].items():
+        results["budget"][name] = {key: row[key] for key in ("rollouts", "model_tokens", "tool_calls")}
+    report_fixture.write(old / "results.json", results)
+    build_report(old)
+    page = visit(old)
+    assert "faults of ours" not in page.locator("#results").inner_text()
+    assert page.locator(f"{table} thead th").all_inner_texts() == [*head[:lost], *head[lost + 1 :]]
+    for row in page.locator(f"{table} tbody tr").all():
+        assert row.evaluate("row => [...row.cells].reduce((sum, cell) => sum + cell.colSpan, 0)") == len(head) - 1
+
+
 def test_hostile_text_is_shown_and_does_not_run(hostile_run, visit):
     page = visit(hostile_run)
     page.locator(".node").evaluate_all("nodes => nodes.forEach((node) => node.click())")

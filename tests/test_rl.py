@@ -11,6 +11,7 @@ from elpo_jax.policy.credit import assign
 from elpo_jax.policy.recipes import elpo
 from elpo_jax.report.log import MetricsLog, read_metrics
 from elpo_jax.tools.base import InfrastructureError, Status
+from elpo_jax.tools.sandbox import Sandbox
 from elpo_jax.train import rl
 from elpo_jax.train.rl import rollout_metrics, stop_if_truncated, update_metrics
 from elpo_jax.trees.tree import Probe, SearchRecord
@@ -65,6 +66,56 @@ def test_a_tree_that_our_failures_ended_stops_the_run_with_a_remedy():
     cut = make_tree([(None, 0, 1, False)], infrastructure_failures=9, truncated=True)
     with pytest.raises(InfrastructureError, match=r"9 attempts at 1 of 2 prompts .*--resume"):
         stop_if_truncated([whole, cut])
+
+
+def test_a_row_has_what_the_sandbox_did_in_its_step_validation_included(monkeypatch, tmp_path):
+    """Real programs, some of which are lost; what the sandbox did before the loop is in no row."""
+    tree = make_tree([(None, 0, 1, False), (None, 0, 1, True)])
+    with Sandbox(workers=1, packages=()) as sandbox:
+        attempt, broken = sandbox._attempt, []
+
+        def attempt_or_fail(*program):
+            sandbox._breaker.clear()
+            if broken:
+                raise InfrastructureError(broken.pop())
+            return attempt(*program)
+
+        def collect(tasks, *rest, step, **more):
+            assert sandbox.run_many(["print(1)"] * (step + 2))[-1].stdout == "1\n"
+            return [tree] * len(tasks)
+
+        def validate(step):
+            broken.extend(["worker died"] * 4)  # a program and all its retries, and one attempt at the next
+            statuses = [result.status for result in sandbox.run_many(["print(2)"] * 3)]
+            assert statuses == [Status.SANDBOX_ERROR, Status.OK, Status.OK]
+            return {"eval/wordmath/avg@1": 0.5}
+
+        sandbox._attempt = attempt_or_fail
+        monkeypatch.setattr(rl, "collect", collect)
+        monkeypatch.setattr(rl, "update", lambda config, recipe, learner, state, *_: (state, {}))
+        learner = types.SimpleNamespace(
+            first_task=0,
+            seed=0,
+            temperature=1.0,
+            environment=types.SimpleNamespace(sandbox=sandbox),
+            stream=types.SimpleNamespace(task=lambda split, n: n),
+            sampler=types.SimpleNamespace(load=lambda params, version: None, occupancy=0.5),
+            validate=validate,
+        )
+        sandbox.run("print(0)")
+        with MetricsLog(tmp_path / "metrics.jsonl") as log:
+            rl.train_rl(
+                RlConfig(steps=3, prompts=2, updates=1, eval_every=2, dump_every=0), elpo(), learner,
+                types.SimpleNamespace(params=None), start=0, meta={}, log=log, dumps=tmp_path,
+                checkpoints=types.SimpleNamespace(save=lambda *_: None),
+            )  # fmt: skip
+        rows = read_metrics(tmp_path / "metrics.jsonl")
+        names = ("calls", "sandbox_errors", "retries", "restarts", "paused_s")
+        found = [[row[f"sandbox/{name}"] for name in names] for row in rows]
+        assert found == [[2, 0, 0, 0, 0], [3 + 3, 1, 2 + 1, 3 + 1, 0], [4, 0, 0, 0, 0]]
+        totals = sandbox.counters()
+        assert totals.pop("calls") == 1 + sum(row["sandbox/calls"] for row in rows)
+        assert totals == {name: sum(row[f"sandbox/{name}"] for row in rows) for name in names[1:]}
 
 
 def test_the_loop_neither_trains_on_a_cut_tree_nor_records_it(monkeypatch, tmp_path):

@@ -15,7 +15,12 @@ import pytest
 import tiny
 from conftest import ROOT
 
+from elpo_jax.config import RolloutConfig
+from elpo_jax.report.log import read_metrics
+from elpo_jax.report.page import UNSAFE, payload
+from elpo_jax.rollout.agent import Environment
 from elpo_jax.tools.base import InfrastructureError
+from elpo_jax.tools.sandbox import Sandbox
 from elpo_jax.train.checkpoint import CheckpointError
 from elpo_jax.train.provenance import versions
 from experiments import run
@@ -27,11 +32,13 @@ def finish(process):
 
 
 def numbers(workdir):
-    """Everything a run measured, without the clock."""
+    """Everything a run measured, without the clock, and without how often the sandbox was asked: what programs answered
+    is remembered by a process, not by a run."""
 
     def timeless(value):
         if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if "seconds" not in k and "per_s" not in k and k != "time"}
+            out = ("seconds", "per_s", "sandbox/")
+            return {k: timeless(v) for k, v in value.items() if not any(part in k for part in out) and k != "time"}
         return [timeless(v) for v in value] if isinstance(value, list) else value
 
     out = {}
@@ -59,6 +66,8 @@ def test_results_have_the_promised_form(tiny_run):
         assert set(results["validation"]["families"]["ledger"][name]) == {"avg@2", "ci", "n"}
     assert set(results["seconds"]) == {"sft", "grpo", "elpo", "eval", "total"}
     assert results["validation"]["line"].startswith("validation split, 2 tasks per family")
+    assert results["protocol"]["isolation"] in ("namespaces", "landlock"), "programs are isolated by default"
+    assert tiny.get_config().rollout.sandbox == RolloutConfig().sandbox == "auto"
     assert results["protocol"]["k"] == 2 and results["protocol"]["temperature"] == 1.0
     assert (tiny_run / "report.html").stat().st_size > 10_000
 
@@ -70,6 +79,39 @@ def test_the_first_update_sees_the_samplers_own_policy(tiny_run):
         assert all(row["loss/first_ratio_deviation_max"] < 1e-4 for row in rows)
         assert all(0 < row["rollout/slot_use"] < 1 for row in rows)
         assert all(row["grad_norm"] > 0 and row["loss/tokens"] > 0 for row in rows), "else a resumed run proves little"
+
+
+def test_every_row_says_what_the_sandbox_did_in_it(tiny_run):
+    names = ("calls", "sandbox_errors", "retries", "restarts", "paused_s")
+    results = json.loads((tiny_run / "results.json").read_text())
+    for recipe in ("grpo", "elpo"):
+        rows = read_metrics(tiny_run / recipe / "metrics.jsonl")
+        totals = {name: sum(row[f"sandbox/{name}"] for row in rows) for name in names}
+        # Two tasks are validated, twice each, in the second step; a program that ran before is not run again.
+        most = sum(row["rollout/tool_calls"] for row in rows) + 2 * 2 * 2
+        assert 0 < totals.pop("calls") <= most and all(row["sandbox/calls"] >= 0 for row in rows)
+        assert totals == dict.fromkeys(totals, 0), "nothing disturbed this run"
+        assert all(row["rollout/infrastructure_failures"] == row["status/sandbox_error"] == 0 for row in rows)
+        assert not any("unsafe_tools" in row for row in rows)
+        assert results["budget"][recipe]["lost_attempts"] == 0
+
+
+def test_a_run_without_isolation_is_marked_in_every_row_and_at_the_head_of_its_report(tmp_path):
+    for backend, mark in (("auto", {}), ("unsafe", {"unsafe_tools": True})):
+        workdir = tmp_path / backend
+        with Sandbox(backend=backend) as sandbox:
+            environment = Environment({}, {}, None, 64, sandbox)
+            for stage in ("sft", "elpo"):
+                folder = workdir / stage
+                with run.open_log(folder, 0, environment) as log:
+                    log.write({"step": 1})
+                with run.open_log(folder, 1, environment) as log:  # as after --resume
+                    log.write({"step": 2})
+                assert read_metrics(folder / "metrics.jsonl") == [{"step": 1} | mark, {"step": 2} | mark]
+            protocol = run.protocol_of(tiny.get_config(), environment, "test", 3, 2, 1.0)
+        assert ("NONE (unsafe)" in protocol.line()) == bool(mark)
+        notes = payload(workdir)["notes"]
+        assert (notes[0] == UNSAFE) == bool(mark) and (UNSAFE in notes) == bool(mark)
 
 
 @pytest.mark.slow

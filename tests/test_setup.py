@@ -8,8 +8,14 @@ import pytest
 
 from elpo_jax.config import Config, ConfigError, to_json
 from elpo_jax.overrides import override
+from elpo_jax.text.tokenizer import ByteTokenizer
+from elpo_jax.tools import reference
+from elpo_jax.tools.base import Status, ToolCall
+from elpo_jax.tools.interpreter import CodeInterpreter
+from elpo_jax.tools.observation import MARKER
+from elpo_jax.tools.toolbox import Request
 from elpo_jax.train import provenance
-from elpo_jax.train.setup import check_prompts, open_workdir
+from elpo_jax.train.setup import build_environment, check_prompts, open_tools, open_workdir
 
 
 def names(folder):
@@ -93,6 +99,49 @@ def test_every_prompt_that_a_run_will_meet_is_checked(eval_every, at_the_end, va
     for split, count in (("validation", validation), ("test", 3)):
         wanted += [(family, split, i) for family in ("wordmath", "ledger") for i in range(count)]
     assert checked == [(task, 256) for task in wanted]
+
+
+def interpreter_of(config, *code):
+    """What the interpreter of a run with this config answers, once there is a tokenizer, and the tool."""
+    with open_tools(config) as (stream, toolboxes, sandbox):
+        build_environment(config, ByteTokenizer(), stream, toolboxes, sandbox)
+        (tool,) = stream.families["wordmath"].tools
+        requests = [Request(ToolCall("code_interpreter", {"code": text})) for text in code]
+        return [result for result, _ in toolboxes["wordmath"].run_many(requests)], tool
+
+
+def test_what_the_config_says_of_the_interpreter_reaches_it():
+    code = ("1 / 0", "import numpy\nnumpy.arange(3).sum()", "print('x' * 70)", "print('y' * 999)", "a = 7")
+    base = ["tasks.families=wordmath"]
+    (error, package, short, long, silent), tool = interpreter_of(override(Config(), base), *code)
+    assert error.text == "ZeroDivisionError: division by zero" and tool.description == CodeInterpreter.description
+    assert (package.status, package.text) == (Status.OK, "3") and silent.status is Status.EMPTY
+    assert short.text == "x" * 70 and len(long.text) == 128 and long.truncated and MARKER in long.text
+    changes = ["interpreter_tokens=64", "interpreter_traceback=frames", "interpreter_packages=()"]
+    config = override(Config(), base + [f"rollout.{change}" for change in changes])
+    (error, package, short, long, silent), tool = interpreter_of(config, *code)
+    assert (
+        'File "<code>", line 1'
+        in interpreter_of(override(config, ["rollout.interpreter_tokens=500"]), "1 / 0")[0][0].text
+    )
+    assert error.text.endswith("ZeroDivisionError: division by zero")
+    assert package.status is Status.ERROR and "ModuleNotFoundError" in package.text
+    assert short.truncated and len(short.text) == len(long.text) == 64
+    config = override(config, ["rollout.interpreter_reference=true"])
+    (error, package, short, long, silent), tool = interpreter_of(config, *code)
+    assert tool.description == reference.DESCRIPTION
+    assert silent.status is Status.ERROR, "a line is put into print(...), whatever it says"
+    assert short.text == "x" * 70 + "\n" and len(long.text) == reference.MOST_CHARS + len("...(truncated)...")
+
+
+def test_answers_from_before_there_was_a_tokenizer_are_forgotten():
+    config = override(Config(), ["tasks.families=wordmath", "rollout.interpreter_packages=()"])
+    with open_tools(config) as (stream, toolboxes, sandbox):
+        request = Request(ToolCall("code_interpreter", {"code": "print('x' * 500)"}))
+        before, _ = toolboxes["wordmath"].submit(request).result()
+        build_environment(config, ByteTokenizer(), stream, toolboxes, sandbox)
+        after, _ = toolboxes["wordmath"].submit(request).result()
+    assert before.text == "x" * 500 and len(after.text) == 128 == config.rollout.interpreter_tokens
 
 
 def test_a_result_says_whether_the_working_tree_was_that_of_its_commit(tmp_path, monkeypatch):

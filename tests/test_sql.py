@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from elpo_jax.tools.base import InfrastructureError, Status, ToolCall
 from elpo_jax.tools.sandbox import Sandbox
-from elpo_jax.tools.sql import Sql, SqlLimits, SqlState, read_database
-from elpo_jax.tools.toolbox import Request, ToolBox
+from elpo_jax.tools.sql import _BOUNDS, Sql, SqlLimits, SqlState, read_database
+from elpo_jax.tools.toolbox import UNAVAILABLE, Request, ToolBox
 
 SCRIPT = """
 CREATE TABLE people(id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, age INTEGER CHECK(age >= 0), note);
@@ -330,9 +330,31 @@ def test_a_database_cannot_grow_beyond_its_size(sandbox):
 
 
 def test_limits_make_sense():
-    for values in ({"rows": 0}, {"cpu_s": -1}, {"steps": True}, {"database_kb": 40_000}):
-        with pytest.raises(ValueError, match=next(iter(values))):
-            SqlLimits(**values)
+    least = {name: low for name, (low, _) in _BOUNDS.items()}
+    most = {name: high for name, (_, high) in _BOUNDS.items()}
+    assert least.keys() == {field.name for field in dataclasses.fields(SqlLimits)}
+    assert SqlLimits(**least) != SqlLimits(**most)
+    for name in least:
+        integer = [1.0, 1.5] if name != "cpu_s" else []
+        for value in (0, -1, True, "a", "5", None, float("nan"), float("inf"), 1e12, most[name] + 1, *integer):
+            with pytest.raises(ValueError, match=rf"SqlLimits\({name}="):
+                SqlLimits(**{name: value})
+
+
+def test_the_largest_limits_are_within_those_of_the_sandbox(sandbox):
+    sql = Sql(sandbox, SqlLimits(**{name: high for name, (_, high) in _BOUNDS.items()}))
+    asked = []
+
+    class Recording:
+        """The same sandbox, with what was asked of it, and memory that this machine has."""
+
+        def run(self, code, stdin, limits):
+            asked.append(limits)
+            return sandbox.run(code, stdin, limits=dataclasses.replace(limits, memory_mb=1024))
+
+    sql._sandbox = Recording()
+    result, _ = ask(sql, sql.new_state("CREATE TABLE t(a)"), "INSERT INTO t VALUES (1)")
+    assert result.text == "1 row changed" and [limits.cpu_s for limits in asked] == [3600, 360]
 
 
 def test_a_large_database_goes_there_and_back(sandbox):
@@ -527,12 +549,28 @@ def test_a_lost_worker_is_our_fault(state):
         (worker,) = sandbox._live
         timer = threading.Timer(1.0, os.kill, (worker.pid, signal.SIGKILL))
         timer.start()
-        with pytest.raises(InfrastructureError):
-            ask(sql, state, ENDLESS + "SELECT max(n) FROM c")
+        result, after = ask(sql, state, "DELETE FROM pets; " + ENDLESS + "SELECT max(n) FROM c")
         timer.join()
+        assert result.status is Status.SANDBOX_ERROR and result.text == UNAVAILABLE and after is state
         assert ask(sql, state, "SELECT 1")[0].status is Status.OK
     with pytest.raises(InfrastructureError):
         ask(sql, state, "SELECT 1")
+
+
+def test_what_the_sandbox_gave_up_is_not_tried_again_by_the_tool_box(state):
+    with Sandbox(workers=1, retries=2) as sandbox, ToolBox([Sql(sandbox)], retries=2) as box:
+        attempts = []
+
+        def broken(program, stdin, limits):
+            attempts.append(program)
+            raise InfrastructureError("worker died")
+
+        sandbox._attempt = broken
+        result, after = box.submit(Request(ToolCall("sql", {"query": "DELETE FROM pets"}), state)).result()
+        assert (result.status, result.text, result.detail) == (Status.SANDBOX_ERROR, UNAVAILABLE, "worker died")
+        assert after is state and len(attempts) == 3 and sandbox.counters()["sandbox_errors"] == 1
+        with pytest.raises(InfrastructureError, match="worker died"):
+            Sql(sandbox).new_state(SCRIPT)
 
 
 def test_without_sqlite_in_the_sandbox_it_says_so(sandbox, state):

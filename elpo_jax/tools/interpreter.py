@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from elpo_jax.tools import reference as recipe
+from elpo_jax.tools import reference as reference_recipe
 from elpo_jax.tools.base import State, Status, ToolResult
 from elpo_jax.tools.observation import LEAST_LIMIT, Encoder, Traceback, ended_itself, observation, repeatable
 from elpo_jax.tools.sandbox import Limits, Sandbox
@@ -74,13 +74,8 @@ class CodeInterpreter:
         remembered: int = 4096,
         reference: bool = False,
     ):
-        for key, value, least in (
-            ("output_tokens", output_tokens, LEAST_LIMIT),
-            ("output_chars", output_chars, LEAST_LIMIT),
-            ("remembered", remembered, 0),
-        ):
-            if value < least:
-                raise ValueError(f"CodeInterpreter({key}={value}): it must be at least {least}")
+        _at_least(LEAST_LIMIT, output_tokens=output_tokens, output_chars=output_chars)
+        _at_least(0, remembered=remembered)
         if traceback not in ("frames", "last_line"):
             raise ValueError(f'CodeInterpreter(traceback={traceback!r}): it must be "frames" or "last_line"')
         self._owned = Sandbox() if sandbox is None else None
@@ -94,7 +89,7 @@ class CodeInterpreter:
         self._answers: collections.OrderedDict[bytes, ToolResult] = collections.OrderedDict()
         self._lock = threading.Lock()
         if reference:
-            self.description = recipe.DESCRIPTION
+            self.description = reference_recipe.DESCRIPTION
 
     def __enter__(self) -> "CodeInterpreter":
         return self
@@ -107,6 +102,18 @@ class CodeInterpreter:
         if self._owned is not None:
             self._owned.close()
 
+    def limit_tokens(self, tokenizer: Encoder, tokens: int) -> None:
+        """Limits the answers from now on to `tokens` of `tokenizer`, as the arguments of those names would have, and
+        forgets those that were remembered. No call may be under way.
+
+        Raises:
+          ValueError: If `tokens` is below `LEAST_LIMIT`.
+        """
+        _at_least(LEAST_LIMIT, output_tokens=tokens)
+        with self._lock:
+            self._tokenizer, self._limit = tokenizer, tokens
+            self._answers.clear()
+
     def run(self, arguments: Mapping[str, Any], state: State | None) -> tuple[ToolResult, State | None]:
         """Runs a program.
 
@@ -117,7 +124,7 @@ class CodeInterpreter:
         key = hashlib.blake2b(code.encode("utf-8", "surrogatepass"), digest_size=32).digest()
         result = self._recall(key)
         if result is None:
-            result = self._run_as_recipe(code) if self._reference else self._run(code)
+            result = self._run_as_reference(code) if self._reference else self._run(code)
             self._remember(key, result)
         return result, state
 
@@ -176,11 +183,17 @@ class CodeInterpreter:
                 return UNAVAILABLE
         return ""
 
-    def _run_as_recipe(self, code: str) -> ToolResult:
-        result = repeatable(self._sandbox.run(recipe.wrapped(code), mode="script", limits=self._limits))
-        text, truncated = recipe.answer(result)
+    def _run_as_reference(self, code: str) -> ToolResult:
+        result = repeatable(self._sandbox.run(reference_recipe.wrapped(code), mode="script", limits=self._limits))
+        text, truncated = reference_recipe.answer(result)
         status = Status.EMPTY if result.status is Status.OK and not text.strip() else result.status
         return _answer(result, status, text, truncated)
+
+
+def _at_least(least: int, **values: int) -> None:
+    for key, value in values.items():
+        if value < least:
+            raise ValueError(f"CodeInterpreter({key}={value}): it must be at least {least}")
 
 
 def _answer(result: ToolResult, status: Status, text: str, truncated: bool) -> ToolResult:

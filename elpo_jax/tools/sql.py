@@ -19,11 +19,23 @@ from typing import Any
 
 from elpo_jax.tools.base import InfrastructureError, State, Status, ToolResult
 from elpo_jax.tools.sandbox import Limits, Sandbox
+from elpo_jax.tools.toolbox import UNAVAILABLE
 
 _RUNNER = pathlib.Path(__file__).with_name("_sql_runner.py").read_text(encoding="utf-8") + "\n\nmain()\n"
 _STATUSES = {s.value: s for s in (Status.OK, Status.EMPTY, Status.ERROR, Status.TIMEOUT, Status.MEMORY)}
 _ERROR_CHARS = 300
 _MAGIC = b"SQLite format 3\0"
+# Least and largest value of each limit. With the largest, what is asked of the sandbox stays within its own bounds.
+_BOUNDS = {
+    "rows": (1, 1_000_000),
+    "cell_chars": (1, 1_000_000),
+    "text_chars": (1, 500_000),
+    "sql_chars": (1, 1_000_000),
+    "steps": (1, 10**12),
+    "database_kb": (1, 32768),
+    "memory_mb": (1, 65536),
+    "cpu_s": (0.01, 360),
+}
 _ENDED = {
     Status.TIMEOUT: "it takes too long",
     Status.MEMORY: "the statements need too much memory",
@@ -73,12 +85,13 @@ class SqlLimits:
 
     def __post_init__(self):
         """Raises ValueError where a limit makes no sense."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not value > 0:
-                raise ValueError(f"SqlLimits({field.name}={value!r}): it must be positive")
-        if self.database_kb > 32768:
-            raise ValueError(f"SqlLimits(database_kb={self.database_kb}): it must be at most 32768")
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            whole = name != "cpu_s"
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+                raise ValueError(f"SqlLimits({name}={value!r}): it must be {'an integer' if whole else 'a number'}")
+            if not least <= value <= most:
+                raise ValueError(f"SqlLimits({name}={value}): it must be between {least} and {most}")
 
 
 class Sql:
@@ -95,7 +108,7 @@ class Sql:
 
     Statuses: `ok`; `empty` (no rows and nothing changed); `error` (`detail` is SQLite's name for it, such as
     SQLITE_CONSTRAINT_UNIQUE, or "too_long", "unicode", "no_statement" or "transaction"); `timeout`; `memory`;
-    `output_limit`; `crash`.
+    `output_limit`; `crash`; `sandbox_error`.
 
     Args:
       sandbox: Runs SQLite. Closing it is the caller's.
@@ -136,7 +149,7 @@ class Sql:
         """Runs the statements of `query`.
 
         Raises:
-          InfrastructureError: If the sandbox or SQLite in it is broken.
+          InfrastructureError: If the sandbox is closed, or SQLite in it or the state is broken.
         """
         if not isinstance(state, SqlState):
             raise InfrastructureError(f"the tool sql needs a SqlState, not {type(state).__name__}")
@@ -157,6 +170,8 @@ class Sql:
           InfrastructureError: If the sandbox or SQLite in it is broken.
         """
         result, state = self._call(script, SqlState(), setup=True)
+        if result.status is Status.SANDBOX_ERROR:
+            raise InfrastructureError(f"SQLite in the sandbox: {result.status} {result.detail}".rstrip())
         if result.status not in (Status.OK, Status.EMPTY):
             raise ValueError(f"the script for the database failed: {result.text.removeprefix('Error: ')}")
         return state
@@ -192,6 +207,8 @@ class Sql:
         if result.status in _ENDED:
             text = f"Error: {_ENDED[result.status]}; nothing was changed"
             return dataclasses.replace(result, text=text, stdout="", stderr="", null_output=False), state
+        if result.status is Status.SANDBOX_ERROR:  # the sandbox has tried again already
+            return dataclasses.replace(result, text=UNAVAILABLE), state
         if result.status is not Status.OK:
             last = result.stderr.rstrip().rpartition("\n")[2]
             raise InfrastructureError(f"SQLite in the sandbox: {result.status} {result.detail} {last}".rstrip())

@@ -98,13 +98,14 @@ def train_rl(
             row = rollout_metrics(trees, credits) | metrics
             row |= {"seconds/collect": collected - began, "seconds/update": time.perf_counter() - collected}
             row["rollout/slot_use"] = learner.sampler.occupancy
-            row |= {name: value - before[name] for name, value in sandbox_counters(learner.environment).items()}
             done = step + 1
             if config.dump_every and (done % config.dump_every == 0 or done in (1, config.steps)):
                 dump(dumps / f"step_{done:06d}.jsonl", done, recipe, trees, credits, learner.environment)
             if config.eval_every and done % config.eval_every == 0:
                 learner.sampler.load(state.params, version=done)
                 row |= learner.validate(done)
+            # Of the validation too: what was lost there is as much a reason to look at the machine.
+            row |= {name: value - before[name] for name, value in sandbox_counters(learner.environment).items()}
             row["seconds/step"] = time.perf_counter() - began
             log.write({"step": done, **row})
             progress.update(done, tokens=row["rollout/model_tokens"], root_success=row["rollout/root_success"])

@@ -118,7 +118,7 @@ def open_tools(config: Config) -> Iterator[tuple[TaskStream, dict[str, ToolBox],
                     )
                 )
                 interpreter = CodeInterpreter(
-                    sandbox, output_chars=rollout.interpreter_chars, traceback=rollout.interpreter_traceback
+                    sandbox, traceback=rollout.interpreter_traceback, reference=rollout.interpreter_reference
                 )
                 families[name] = WordMath(interpreter, seed=config.seed, slack=words.slack)
             elif name == "ledger":
@@ -167,6 +167,10 @@ def build_environment(
     toolboxes: dict[str, ToolBox],
     sandbox: Sandbox | None,
 ) -> Environment:
+    """What attempts meet outside the policy. The interpreter's answers are limited in tokens from here on."""
+    for tool in (tool for family in stream.families.values() for tool in family.tools):
+        if isinstance(tool, CodeInterpreter):
+            tool.limit_tokens(tokenizer, config.rollout.interpreter_tokens)
     chat = ChatFormat(tokenizer, tool_listing=config.tasks.chat_tools)
     return Environment(stream.families, toolboxes, chat, config.rollout.max_turn_tokens, sandbox)
 

@@ -65,7 +65,7 @@ function drawResults(data) {
     section.append(
       ...captioned(
         "Cost of training",
-        "Every completed rollout counts, whole or from a branch.",
+        ["Every completed rollout counts, whole or from a branch.", ...faults(budget)].join(" "),
         budgetTable(budget, times),
       ),
     );
@@ -185,7 +185,25 @@ function interval(metric, name) {
   return svg;
 }
 
+const isCounted = (row) => isNumber(row.lost_attempts); // results of older versions do not know
+
+// What lies behind the column of attempts lost, in sentences.
+function faults(rows) {
+  if (!rows.some(isCounted)) return [];
+  const behind = rows.map((row) => {
+    const parts = [
+      row.sandbox_retries ? `${plural(row.sandbox_retries, "program")} run again` : null,
+      row.sandbox_errors ? `${plural(row.sandbox_errors, "program")} given up` : null,
+      row.paused_s ? `paused for ${seconds(row.paused_s)}` : null,
+    ].filter(Boolean);
+    return parts.length ? `${label(row.name)}: ${parts.join(", ")}.` : null;
+  });
+  return ["Attempts lost to faults of ours were made again and never trained on.", ...behind.filter(Boolean)];
+}
+
 function budgetTable(rows, times) {
+  const counted = rows.some(isCounted);
+  const head = ["", "rollouts", "model tokens", "tool calls", ...(counted ? ["lost to faults of ours"] : []), "time"];
   const table = h("table", { class: "budget" });
   table.append(
     h(
@@ -194,13 +212,14 @@ function budgetTable(rows, times) {
       h(
         "tr",
         {},
-        ["", "rollouts", "model tokens", "tool calls", "time"].map((name) => h("th", { scope: "col" }, name)),
+        head.map((name) => h("th", { scope: "col" }, name)),
       ),
     ),
   );
   const body = h("tbody", {});
   for (const row of rows) {
-    const cells = [whole(row.rollouts), whole(row.model_tokens), whole(row.tool_calls), seconds(row.seconds)];
+    const spent = [row.rollouts, row.model_tokens, row.tool_calls, ...(counted ? [row.lost_attempts] : [])];
+    const cells = [...spent.map(whole), seconds(row.seconds)];
     body.append(
       h(
         "tr",
@@ -216,7 +235,7 @@ function budgetTable(rows, times) {
         "tr",
         {},
         h("th", { scope: "row" }, name === "eval" ? "evaluation" : name),
-        h("td", { colspan: 3 }),
+        h("td", { colspan: head.length - 2 }),
         h("td", {}, seconds(value)),
       ),
     );

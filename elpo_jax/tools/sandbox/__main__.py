@@ -2,40 +2,51 @@
 
 import argparse
 import os
+from collections.abc import Callable
 
 from elpo_jax.tools.base import InfrastructureError
 from elpo_jax.tools.sandbox import probes, remote
-from elpo_jax.tools.sandbox.backends import LOCAL, fixes, supported_platform
+from elpo_jax.tools.sandbox.backends import LOCAL, fixes, package_paths, supported_platform
+from elpo_jax.tools.sandbox.pool import PACKAGES
 
 
 def check() -> int:
     """Prints every probe of every backend and its verdict. Returns 0 if a backend holds."""
-    usable = []
-    for backend in LOCAL:
-        print(f"{backend}:")
-        try:
-            if problem := supported_platform():
-                raise InfrastructureError(problem)
-            verdicts = probes.run(backend)
-        except InfrastructureError as error:
-            print(f"  FAILED   does not start: {error}\n")
-            continue
-        for verdict in verdicts:
-            print(f"  {'held' if verdict.held else 'FAILED':8} {verdict.probe}: {verdict.said}")
-        failed = sum(not verdict.held for verdict in verdicts)
-        print(f"  {len(verdicts) - failed} of {len(verdicts)} held\n")
-        if not failed:
-            usable.append(backend)
+    usable = [backend for backend in LOCAL if _holds(backend)]
     url = os.environ.get("ELPO_SANDBOX_URL", "")
     if url:
-        problem = remote.reason(url)
+        problem = _problem(lambda: remote.reason(url))
         print(f"remote:\n  {f'FAILED   {problem}' if problem else 'runs programs; isolation is its own affair'}\n")
         usable += [] if problem else ["remote"]
+    if problem := _problem(lambda: package_paths(PACKAGES) and ""):
+        print(f"FAILED   {problem}\n")
+        return 1
     if usable:
         print(f"Programs will run under: {usable[0]}")
         return 0
     print(f"No backend works here, so no program will be run. Either of these commands would help:\n{fixes()}")
     return 1
+
+
+def _holds(backend: str) -> bool:
+    print(f"{backend}:")
+    verdicts: list[probes.Verdict] = []
+    if problem := supported_platform() or _problem(lambda: verdicts.extend(probes.run(backend))):
+        print(f"  FAILED   does not start: {problem}\n")
+        return False
+    for verdict in verdicts:
+        print(f"  {'held' if verdict.held else 'FAILED':8} {verdict.probe}: {verdict.said}")
+    held = sum(verdict.held for verdict in verdicts)
+    print(f"  {held} of {len(verdicts)} held\n")
+    return held == len(verdicts)
+
+
+def _problem(attempt: Callable[[], str | None]) -> str:
+    """What an attempt says is wrong, in words or by failing; "" if nothing is."""
+    try:
+        return attempt() or ""
+    except (InfrastructureError, ValueError) as error:
+        return str(error)
 
 
 def main(arguments: list[str] | None = None) -> int:

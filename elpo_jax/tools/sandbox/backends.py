@@ -11,7 +11,6 @@ import pathlib
 import platform
 import re
 import sys
-import sysconfig
 from collections.abc import Sequence
 
 from elpo_jax.tools.base import InfrastructureError
@@ -57,7 +56,7 @@ class SandboxUnavailable(InfrastructureError):
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How to start a worker: the command, its environment, and its scratch folder where the host has to remove it."""
+    """How to start a worker: the command, its environment, and the settings, its last argument as JSON."""
 
     command: Sequence[str]
     environment: dict[str, str]
@@ -191,6 +190,4 @@ def supported_platform() -> str:
         return f"programs are isolated by the Linux kernel, and this is {sys.platform}"
     if platform.machine() not in ("x86_64", "aarch64"):
         return f"there is no system-call table for {platform.machine()}"
-    if not sysconfig.get_path("stdlib"):
-        return "this Python has no standard library folder"
     return ""

@@ -24,20 +24,21 @@ class Limits:
     """Limits of one program; a model can never set them.
 
     Verdicts depend on what the program does, not on how busy the machine is: time is CPU time, and the wall-clock guard
-    counts only the time in which the program sleeps (with a hard end at four times `wall_s` for programs that do both).
+    counts only the time in which the program sleeps. Programs that do both by turns have a hard end (`hard_wall`), at
+    which one that was merely kept waiting by a busy machine counts as a fault of ours.
 
     Attributes:
-      cpu_s: CPU seconds, of all threads together.
-      wall_s: Seconds asleep; 0 stands for four times `cpu_s`.
-      memory_mb: Address space beyond what Python and the loaded packages take.
-      output_kb: Bytes on stdout, and as many on stderr, in KiB. A program that prints more is stopped.
-      scratch_mb: All files of the scratch folder together.
-      file_mb: One file.
-      files: Files and folders in the scratch folder.
-      open_files: Descriptors.
-      threads: Of the program, its main thread included.
-      code_kb: Length of the program.
-      stdin_mb: Length of its standard input.
+          cpu_s: CPU seconds, of all threads together.
+          wall_s: Seconds asleep; 0 stands for four times `cpu_s`.
+          memory_mb: Address space beyond what Python and the loaded packages take.
+          output_kb: Bytes on stdout, and as many on stderr, in KiB. A program that prints more is stopped.
+          scratch_mb: All files of the scratch folder together.
+          file_mb: One file.
+          files: Files and folders in the scratch folder.
+          open_files: Descriptors.
+          threads: Of the program, its main thread included.
+          code_kb: Length of the program.
+          stdin_mb: Length of its standard input.
     """
 
     cpu_s: float = 5.0
@@ -72,4 +73,4 @@ class Limits:
     @property
     def hard_wall(self) -> float:
         """Seconds after which a program is ended in any case."""
-        return 4 * self.wall
+        return 4 * max(self.wall, 4 * self.cpu_s)

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Literal, Protocol
 
 from elpo_jax.tools.base import InfrastructureError, Status, ToolResult
@@ -22,6 +22,7 @@ from elpo_jax.tools.sandbox.worker import LocalWorker
 
 PACKAGES = ("numpy", "sympy")
 PATIENCE_SECONDS = 600.0  # a pause that lasts longer ends the run, which can be resumed
+AGAIN_SECONDS = 60.0  # after such a pause, until it is tried again
 
 Mode = Literal["script", "notebook"]
 
@@ -113,7 +114,7 @@ class Sandbox:
         )
         self._breaker = _Breaker()
         self._health = threading.Lock()
-        self._gave_up = False
+        self._gave_up_at = 0.0
         self._live: set[Worker] = set()
         # One entry per allowed worker and the programs it has run: an idle one, or None for one still to be started.
         self._idle: queue.LifoQueue[tuple[Worker | None, int]] = queue.LifoQueue()
@@ -155,7 +156,12 @@ class Sandbox:
     def run_many(self, programs: Sequence[str | Program]) -> list[ToolResult]:
         """Runs programs, as many at once as there are workers; the results are in order."""
         ready = [Program(item) if isinstance(item, str) else item for item in programs]
-        return list(self._threads.map(self._run, ready))
+        try:
+            return list(self._threads.map(self._run, ready))
+        except (RuntimeError, CancelledError):
+            if self._closing.is_set():
+                raise InfrastructureError("the sandbox is closed") from None
+            raise
 
     def counters(self) -> dict[str, float]:
         """What happened so far: "calls", "sandbox_errors" (lost after all retries), "retries", "restarts" of workers
@@ -240,6 +246,8 @@ class Sandbox:
             if not self._breaker.tripped():
                 return
             began = time.monotonic()
+            if self._gave_up_at and began < self._gave_up_at + AGAIN_SECONDS:
+                raise InfrastructureError(f"{self._breaker.said()}, and lately none has run")
             _log.warning(
                 "%s; the rollout pauses until programs run again (nothing is trained on meanwhile). See that there is "
                 "memory and that `python -m elpo_jax.tools.sandbox check` passes",
@@ -247,8 +255,8 @@ class Sandbox:
             )
             delay = 0.0
             while not self._probe():
-                if self._gave_up or time.monotonic() - began > PATIENCE_SECONDS:
-                    self._gave_up = True  # whoever calls next does not wait as long again
+                if self._gave_up_at or time.monotonic() - began > PATIENCE_SECONDS:
+                    self._gave_up_at = time.monotonic()  # whoever calls next does not wait as long again
                     raise InfrastructureError(
                         f"{self._breaker.said()}, and none has run for {PATIENCE_SECONDS:g} s: see "
                         "`python -m elpo_jax.tools.sandbox check`, then go on from the last checkpoint with --resume"
@@ -256,7 +264,7 @@ class Sandbox:
                 delay = min(delay + 1.0, 10.0)
                 if self._closing.wait(delay):
                     raise InfrastructureError("the sandbox is closed")
-            self._gave_up = False
+            self._gave_up_at = 0.0
             self._count("paused_s", time.monotonic() - began)
             _log.warning("programs run again after %.1f s; the rollout goes on", time.monotonic() - began)
             self._breaker.clear()
@@ -304,9 +312,13 @@ def choose(backend: str, url: str = "") -> str:
     failed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
     if backend == "remote":
         raise SandboxUnavailable(f"the provider of the sandbox cannot be used:\n{failed}")
+    remedy = f"Either of these commands would help:\n{fixes()}\n"
+    if backend != "auto":
+        raise SandboxUnavailable(
+            f"the backend that was asked for does not work here:\n{failed}\n{remedy}or try 'auto'."
+        )
     raise SandboxUnavailable(
-        f"nothing on this machine isolates model-written programs, so none is run:\n{failed}\n"
-        f"Either of these commands would help:\n{fixes()}\n"
+        f"nothing on this machine isolates model-written programs, so none is run:\n{failed}\n{remedy}"
         "or set ELPO_SANDBOX_URL to a provider. ELPO_UNSAFE_TOOLS=1 runs them without isolation, as yourself."
     )
 

@@ -32,6 +32,7 @@ import urllib.parse
 
 from elpo_jax.tools.base import InfrastructureError, Status, ToolResult
 from elpo_jax.tools.sandbox.limits import Limits
+from elpo_jax.tools.sandbox.worker import signal_name
 
 BACKEND = "remote"
 CONNECT_S = 5.0
@@ -314,7 +315,7 @@ def _result(reply: object, limits: Limits) -> ToolResult:
     elif number in _OUT_OF_CPU:
         status, detail, code, number = Status.TIMEOUT, "cpu", None, None
     elif number is not None:
-        status, detail, code = Status.CRASH, _signal_name(number), None
+        status, detail, code = Status.CRASH, signal_name(number), None
     elif exc_type.endswith("MemoryError"):  # numpy has its own
         status, detail = Status.MEMORY, exc_type
     elif code:
@@ -351,10 +352,6 @@ def _signal(code: int) -> int | None:
     if code < 0:
         return -code
     return code - 128 if 128 < code <= 192 else None
-
-
-def _signal_name(number: int) -> str:
-    return next((known.name for known in signal.Signals if known == number), f"SIG{number}")
 
 
 def _exception(stderr: str) -> str:

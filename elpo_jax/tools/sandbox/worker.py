@@ -18,14 +18,12 @@ from collections.abc import Sequence
 from elpo_jax.tools.base import InfrastructureError, Status, ToolResult
 from elpo_jax.tools.sandbox.backends import launch
 from elpo_jax.tools.sandbox.inside import scratch
+from elpo_jax.tools.sandbox.inside.program import READY
 from elpo_jax.tools.sandbox.limits import Limits
 
 START_SECONDS = 120.0  # importing and heating packages takes under two on an idle machine
 REPLY_SECONDS = 10.0  # for scheduling, beyond the program's own hard limit
 STOP_SECONDS = 5.0
-# The first thing on a program's report pipe, before any of the program runs: without it the failure is ours. A program
-# cannot take it back, so it cannot pass its own failure off as one of ours.
-READY = b"ready\n"
 
 _MEMORY = pathlib.Path("/dev/shm")
 _IDENTIFIER = re.compile(r"[^\W\d]\w{0,63}")
@@ -45,7 +43,11 @@ class LocalWorker:
 
     def __init__(self, backend: str, packages: Sequence[str], without: Sequence[str] = ()):
         self.backend = backend
-        self._scratch = "" if backend == "namespaces" or not _in_memory(_MEMORY) else _new_scratch()
+        self._scratch = (
+            ""
+            if backend == "namespaces" or not _in_memory(_MEMORY)
+            else str(_MEMORY / f"elpo-{os.getpid()}-{secrets.token_hex(6)}")
+        )
         start = launch(backend, packages, without, self._scratch)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._socket, theirs = socket.socketpair()
@@ -65,7 +67,7 @@ class LocalWorker:
         with contextlib.suppress(OSError):  # should memory run out, let it not be the trainer's
             pathlib.Path(f"/proc/{self.pid}/oom_score_adj").write_text("1000")
         try:
-            self.versions = self._greeting()
+            self._greeting()
         except BaseException as error:
             said = self._said()
             self.kill()
@@ -115,12 +117,9 @@ class LocalWorker:
             if self._scratch:  # as a rule it has done that itself
                 scratch.remove(self._scratch)
 
-    def _greeting(self) -> dict[str, str]:
-        deadline = time.monotonic() + START_SECONDS
-        line = b""
-        while not line.endswith(b"\n"):
-            line += self._receive(1, deadline)
-        return json.loads(line)["versions"]
+    def _greeting(self) -> None:
+        if self._receive(1, time.monotonic() + START_SECONDS) != b"\n":
+            raise ValueError("it does not greet")
 
     def _send(self, data: bytes, deadline: float) -> None:
         self._socket.settimeout(max(0.001, deadline - time.monotonic()))
@@ -153,6 +152,8 @@ class LocalWorker:
         cause, number, exit_code = reply["cause"], reply["signal"], reply["exit_code"]
         # A machine that is short of memory ends processes without a word. Of a large one the program is to blame.
         large = reply["max_rss"] - reply["own_rss"] > 0.9 * (limits.memory_mb << 20)
+        if cause == "starved":
+            raise InfrastructureError(f"a program waited for a core for most of {limits.hard_wall:g} s")
         if cause == "outside" and not large:
             raise InfrastructureError("a program's process was killed from outside: is the machine short of memory?")
         status, detail = Status.OK, ""
@@ -165,7 +166,7 @@ class LocalWorker:
         elif cause == "outside" or (exit_code == 1 and extra == "memory\n"):
             status, detail = Status.MEMORY, kind
         elif number is not None:
-            status, detail = Status.CRASH, _signal_name(number)
+            status, detail = Status.CRASH, signal_name(number)
         elif exit_code != 0:
             status, detail = Status.ERROR, kind or "exit"
         return ToolResult(
@@ -202,20 +203,12 @@ def _numbers(limits: Limits) -> dict[str, float]:
     }
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """Such as SIGKILL."""
     try:
         return signal.Signals(number).name
     except ValueError:  # real-time signals have no names
         return f"SIG{number}"
-
-
-def _new_scratch() -> str:
-    """A name for a scratch folder. Those of processes that were killed before they could clear up are removed."""
-    for left in _MEMORY.glob("elpo-*-*"):
-        owner = left.name.split("-")[1]
-        if owner.isdecimal() and not pathlib.Path(f"/proc/{owner}").exists():
-            scratch.remove(str(left))
-    return str(_MEMORY / f"elpo-{os.getpid()}-{secrets.token_hex(6)}")
 
 
 def _in_memory(folder: pathlib.Path) -> bool:

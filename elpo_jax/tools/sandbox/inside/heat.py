@@ -12,11 +12,8 @@ _STANDARD = (
 )
 
 
-def load(packages: list[str]) -> dict[str, str]:
+def load(packages: list[str]) -> None:
     """Imports the standard modules and `packages`, and heats those that are known to have caches.
-
-    Returns:
-      The version of each package.
 
     Raises:
       ImportError: If a package is not there.
@@ -24,12 +21,10 @@ def load(packages: list[str]) -> dict[str, str]:
     for name in _STANDARD.split():
         with contextlib.suppress(ImportError):  # a Python built without one
             importlib.import_module(name)
-    versions = {}
     for name in packages:
-        versions[name] = getattr(importlib.import_module(name), "__version__", "")
+        importlib.import_module(name)
         if name in _HEATERS:
             _HEATERS[name]()
-    return versions
 
 
 def _numpy() -> None:

@@ -1,8 +1,13 @@
-"""The scratch folder where no file system of its own limits and empties it."""
+"""The scratch folder where no file system of its own limits and empties it.
+
+It is worked on by descriptors that follow no link: its content, and with it every name in it, is a program's.
+"""
 
 import contextlib
 import os
 import stat
+
+_FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def usage(folder: str, most: int) -> tuple[int, int]:
@@ -34,26 +39,20 @@ def deleted(pid: int) -> int:
 
 def empty(folder: str) -> None:
     """Removes what is in a folder, however deep: subfolders are first moved up, so no path grows long."""
-    while True:
-        with os.scandir(folder) as entries:
-            found = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
-        if not found:
-            return
-        for path, is_folder in found:
-            if not is_folder:
-                os.unlink(path)
-                continue
-            if stat.S_IMODE(os.lstat(path).st_mode) != 0o700:
-                os.chmod(path, 0o700)
-            with os.scandir(path) as entries:
-                children = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
-            for child, child_is_folder in children:
-                if child_is_folder:
-                    os.chmod(child, 0o700)
-                    os.rename(child, f"{folder}/.{os.urandom(8).hex()}")
-                else:
-                    os.unlink(child)
-            os.rmdir(path)
+    with _opened(folder) as top:
+        while names := _names(top):
+            for name, is_folder in names:
+                if not is_folder:
+                    os.unlink(name, dir_fd=top)
+                    continue
+                with _opened(name, top) as inner:
+                    for child, child_is_folder in _names(inner):
+                        if child_is_folder:
+                            with _opened(child, inner):  # a folder must be writable to be moved
+                                os.rename(child, f".{os.urandom(8).hex()}", src_dir_fd=inner, dst_dir_fd=top)
+                        else:
+                            os.unlink(child, dir_fd=inner)
+                os.rmdir(name, dir_fd=top)
 
 
 def remove(folder: str) -> None:
@@ -61,3 +60,24 @@ def remove(folder: str) -> None:
     with contextlib.suppress(OSError):
         empty(folder)
         os.rmdir(folder)
+
+
+def _names(folder: int) -> list[tuple[str, bool]]:
+    with os.scandir(folder) as entries:
+        return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+
+
+@contextlib.contextmanager
+def _opened(name: str, within: int | None = None):
+    """A descriptor of a folder, which is made accessible to its owner."""
+    place = os.open(name, os.O_PATH | _FOLDER, dir_fd=within)
+    try:
+        if stat.S_IMODE(os.fstat(place).st_mode) != 0o700:
+            os.chmod(f"/proc/self/fd/{place}", 0o700)
+        folder = os.open(name, os.O_RDONLY | _FOLDER, dir_fd=within)
+    finally:
+        os.close(place)
+    try:
+        yield folder
+    finally:
+        os.close(folder)

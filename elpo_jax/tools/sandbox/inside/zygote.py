@@ -26,13 +26,13 @@ from inside import heat, linux, program, scratch, seccomp
 
 HOST = 0  # the socket to the host
 TICK_S = 0.1  # how often a running program is looked at
+SLEEP_S = 0.5  # over how long it is judged asleep or not: on a busy machine a program gets a core now and then
 WATCH_S = 0.02  # how often where nothing else limits its files and threads
-AWAKE = 0.01  # the least share of a tick's time that a program computes for if it is not asleep
+AWAKE = 0.01  # the least share of that time that a program computes for if it is not asleep
 CORES = os.cpu_count() or 1
-REPORT_BYTES = 256
+REPORT_BYTES = 512
 STACK_BYTES = 64 << 20  # of the main thread, for recursion through C; what is used of it counts as memory
 EXIT = os._exit
-READY = b"ready\n"  # on the report pipe, before any of the program runs
 
 
 class Worker:
@@ -53,7 +53,7 @@ class Worker:
         builtins.exit = builtins.quit = sys.exit  # `site` would, which is not loaded
         # Of programs: nothing is read from it here.
         sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-        self.versions = heat.load(settings["packages"])
+        heat.load(settings["packages"])
         self._random = "numpy" in settings["packages"]
         self._filter = None
         if "seccomp" in self._layers:
@@ -73,7 +73,7 @@ class Worker:
 
     def serve(self) -> None:
         """Answers requests until the host is gone."""
-        os.write(HOST, json.dumps({"versions": self.versions}).encode() + b"\n")
+        os.write(HOST, b"\n")  # ready
         self._prepare((0, 0))
         while (request := self._receive()) is not None:
             self._run(*request)
@@ -148,7 +148,8 @@ class Worker:
         """Keeps what a program prints until its process has ended, and ends it where it passes a limit.
 
         Returns:
-          "cpu", "wall", "output", "files" or "threads" if that limit ended it, else ""; the wait status; the usage.
+          "cpu", "wall", "output", "files" or "threads" if that limit ended it, "starved" if it hardly got a core until
+          the hard end, else ""; the wait status; the usage.
         """
         clock = ~child << 3 | 2  # the CPU clock of all threads of a process
         handle = os.pidfd_open(child)
@@ -158,11 +159,12 @@ class Worker:
             poller.register(fd, select.POLLIN)
         poller.register(HOST, select.POLLHUP)
         cause, asleep, last, used, watched = "", 0.0, began, 0.0, began
+        judged, used_then, sleep = began, 0.0, min(SLEEP_S, limits["wall"] / 4)
         tick = WATCH_S if "watch" in self._layers else TICK_S
         ended = False
         while not (ended or cause):
             left = (limits["cpu"] - used) / CORES
-            ready = [fd for fd, _ in poller.poll(max(1.0, 1000 * min(tick, left)))]
+            ready = [fd for fd, _ in poller.poll(max(1.0, 1000 * min(tick, left, sleep)))]
             if HOST in ready:
                 os.kill(child, signal.SIGKILL)
                 os._exit(0)
@@ -176,15 +178,18 @@ class Worker:
             if not (ended or cause) and now - watched >= tick and "watch" in self._layers:
                 cause = self._excess(child, limits)
                 watched = time.monotonic()
-            if not (ended or cause) and (now - last >= TICK_S or left < TICK_S):
-                spent = time.clock_gettime(clock)
-                if spent - used < AWAKE * (now - last):
-                    asleep += now - last
-                used, last = spent, now
+            if not (ended or cause) and (now - last >= min(TICK_S, sleep) or left < TICK_S):
+                used, last = time.clock_gettime(clock), now
+                if now - judged >= sleep:
+                    if used - used_then < AWAKE * (now - judged):
+                        asleep += now - judged
+                    judged, used_then = now, used
                 if used >= limits["cpu"]:
                     cause = "cpu"
-                elif asleep >= limits["wall"] or now - began >= limits["hard_wall"]:
+                elif asleep >= limits["wall"]:
                     cause = "wall"
+                elif now - began >= limits["hard_wall"]:
+                    cause = "end"
         if cause:
             os.kill(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
@@ -193,6 +198,8 @@ class Worker:
             sink.drain()
         if not cause and any(sink.is_over for sink in sinks):
             cause = "output"
+        if cause == "end":  # it gave its core away, to sleep, or others took it
+            cause = "wall" if usage.ru_nvcsw >= usage.ru_nivcsw else "starved"
         # Measured after its end, so that it does not depend on when it was last looked at.
         if not cause and usage.ru_utime + usage.ru_stime >= limits["cpu"]:
             cause = "cpu"
@@ -268,7 +275,7 @@ class Worker:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             # Out of the way of a program's imports; kept, since to take them apart would take a millisecond.
             ours = [sys.modules.pop(name) for name in self._modules]  # noqa: F841
-            os.write(3, READY)
+            os.write(3, program.READY)
         except BaseException as error:
             os.write(3, f"{type(error).__name__}: {error}\n".encode())
             os._exit(1)
