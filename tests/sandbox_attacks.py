@@ -510,7 +510,7 @@ MEMORY_ = [
     Attack(
         "recursion_in_c",
         "x = []\nfor _ in range(3 * 10**5): x = [x]\nsys.setrecursionlimit(10**9)\nrepr(x)",
-        MEMORY | CRASH | ERROR,
+        MEMORY | CRASH | ERROR | TIMEOUT,
     ),
     Attack(
         "threads",
@@ -1763,8 +1763,9 @@ STATE = [
     ),
     Attack(
         "locks",
-        "import fcntl\nfcntl.flock(os.open('/dev/zero', os.O_RDONLY), fcntl.LOCK_EX)\nprint('refused')",
-        after="import fcntl, os\nfcntl.flock(os.open('/dev/zero', os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)\nprint('free')",
+        "import fcntl\nfd = os.open('/dev/zero', os.O_RDONLY)\nrefused('flock', fcntl.flock, fd, fcntl.LOCK_EX)\n"
+        "refused('OFD lock', fcntl.fcntl, fd, 37, bytes(32))",
+        after="print('free')",
     ),
     Attack(
         "hash_seed",

@@ -43,29 +43,41 @@ def main(code: bytes, mode: str, report: int) -> NoReturn:
         status = 1
         _print(error)
     try:
-        _finish()
+        if not _finish():
+            status = status or 120  # as CPython has it
     except BaseException:
         status = status or 1
     leave(status)
 
 
-def _finish() -> None:
-    """What an interpreter does at its end: waits for threads, and writes what is still in the buffers of any file."""
+def _finish() -> bool:
+    """What an interpreter does at its end: waits for threads, and writes what is still in the buffers of any file.
+
+    Returns:
+      Whether it could.
+    """
     threading._shutdown()
     atexit._run_exitfuncs()
-    _flush(sys.stdout, sys.stderr)
+    flushed = _flush(sys.stdout, sys.stderr)
     threading.excepthook = lambda *_: None  # of threads that go on without their names
     module = sys.modules.get("__main__")
     if isinstance(module, types.ModuleType):
         module.__dict__.clear()
     gc.collect()
-    _flush(sys.__stdout__, sys.__stderr__)
+    return _flush(sys.__stdout__, sys.__stderr__) and flushed
 
 
-def _flush(*streams: object) -> None:
+def _flush(*streams: object) -> bool:
+    """Whether all that was written could be."""
+    done = True
     for stream in streams:
-        with contextlib.suppress(Exception):  # closed, detached, or no stream at all
+        try:
             stream.flush()
+        except OSError:
+            done = False
+        except Exception:  # closed, detached, or no stream at all
+            continue
+    return done
 
 
 def _run(code: bytes, mode: str) -> int:
