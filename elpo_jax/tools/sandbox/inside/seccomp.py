@@ -224,7 +224,8 @@ _IF = {
     "sendto": ((44, 206), [(_LET, [(4, _ANY, 0), (4.5, _ANY, 0)])]),
     # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
     "ioctl": ((16, 29), _either(1, 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),
-    # All but those that send signals, take leases, enlarge pipes, or lock a file of the host by merely reading it.
+    # All but those that send signals, take leases or enlarge pipes. Record locks stay for SQLite's sake; `flock`, which
+    # keeps others out with no more than a descriptor for reading, does not.
     "fcntl": ((72, 25), _either(1, 0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)),
     # PR_GET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_GET_SECCOMP, PR_GET_NO_NEW_PRIVS, and naming of memory for malloc
     "prctl": ((157, 167), _either(0, 3, 15, 16, 21, 39, 0x53564D41)),
