@@ -28,17 +28,17 @@ class Limits:
     which one that was merely kept waiting by a busy machine counts as a fault of ours.
 
     Attributes:
-          cpu_s: CPU seconds, of all threads together.
-          wall_s: Seconds asleep; 0 stands for four times `cpu_s`.
-          memory_mb: Address space beyond what Python and the loaded packages take.
-          output_kb: Bytes on stdout, and as many on stderr, in KiB. A program that prints more is stopped.
-          scratch_mb: All files of the scratch folder together.
-          file_mb: One file.
-          files: Files and folders in the scratch folder.
-          open_files: Descriptors.
-          threads: Of the program, its main thread included.
-          code_kb: Length of the program.
-          stdin_mb: Length of its standard input.
+      cpu_s: CPU seconds, of all threads together.
+      wall_s: Seconds asleep; 0 stands for four times `cpu_s`.
+      memory_mb: Address space beyond what Python and the loaded packages take.
+      output_kb: Bytes on stdout, and as many on stderr, in KiB. A program that prints more is stopped.
+      scratch_mb: All files of the scratch folder together.
+      file_mb: One file.
+      files: Files and folders in the scratch folder.
+      open_files: Descriptors.
+      threads: Of the program, its main thread included.
+      code_kb: Length of the program.
+      stdin_mb: Length of its standard input.
     """
 
     cpu_s: float = 5.0
