@@ -323,10 +323,12 @@ def fresh_tools(world, workers):
         yield environment, sandbox
 
 
-def grow_wordmath(world, environment):
-    tasks = [world.stream.family_task("wordmath", "validation", i) for i in range(6)]
+def grow_with_programs(world, environment):
+    """Trees of word problems, whose calls run programs, and of the ledger, which this policy solves now and then."""
+    tasks = [world.stream.family_task("wordmath", "validation", i) for i in range(16)]
+    tasks += [world.stream.family_task("ledger", "validation", i) for i in range(4)]
     search = SearchConfig(budget=8, buffer=2, infrastructure_retries=8)
-    return collect(tasks, search, environment, world.sampler(16), seed=0, step=5, temperature=1.2)
+    return collect(tasks, search, environment, world.sampler(16), seed=0, step=5, temperature=0.8)
 
 
 def content(tree, logprobs):
@@ -344,7 +346,7 @@ def content(tree, logprobs):
 def calm(world):
     """Trees that nothing disturbed; their programs end in several ways, and some attempts succeed."""
     with fresh_tools(world, workers=2) as (environment, sandbox):
-        trees = grow_wordmath(world, environment)
+        trees = grow_with_programs(world, environment)
         counters = sandbox.counters()
     assert counters.pop("calls") > 60 and not any(counters.values())
     leaves = [leaf for tree in trees for leaf in tree.leaves]
@@ -387,7 +389,7 @@ def test_workers_that_are_killed_change_no_tree(world, calm):
         killer = threading.Thread(target=kill)
         killer.start()
         try:
-            trees = grow_wordmath(world, environment)
+            trees = grow_with_programs(world, environment)
         finally:
             done.set()
             killer.join()
@@ -415,7 +417,7 @@ def test_attempts_that_the_sandbox_lost_are_played_again_and_nothing_else_change
             return attempt(*program)
 
         sandbox._attempt = attempt_or_fail
-        trees = grow_wordmath(world, environment)
+        trees = grow_with_programs(world, environment)
         counters = sandbox.counters()
     lost = counters["sandbox_errors"]
     assert lost == programs // 7 >= 10 and counters["retries"] == 2 * lost
@@ -438,7 +440,7 @@ def test_a_sandbox_that_gave_up_ends_the_batch_instead_of_keeping_it_waiting(wor
 
         sandbox._attempt, sandbox._probe = attempt_or_fail, lambda: False
         began = time.monotonic()
-        trees = grow_wordmath(world, environment)
+        trees = grow_with_programs(world, environment)
         assert time.monotonic() - began < 60
         assert any(tree.truncated for tree in trees) and all(len(tree.leaves) <= 8 for tree in trees)
         steps = [step for tree in trees for leaf in tree.leaves for step in leaf.trajectory.steps]

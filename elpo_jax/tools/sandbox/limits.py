@@ -24,8 +24,8 @@ class Limits:
     """Limits of one program; a model can never set them.
 
     Verdicts depend on what the program does, not on how busy the machine is: time is CPU time, and the wall-clock guard
-    counts only the time in which the program sleeps. Programs that do both by turns have a hard end (`hard_wall`), at
-    which one that was merely kept waiting by a busy machine counts as a fault of ours.
+    counts only the time in which the program sleeps. There is a hard end (`hard_wall`) for programs that do both by
+    turns; one that only computes meets it where more than sixteen programs wait for each core.
 
     Attributes:
       cpu_s: CPU seconds, of all threads together.

@@ -53,6 +53,9 @@ class Worker(Protocol):
     def run(self, code: str, stdin: bytes, mode: str, limits: Limits) -> ToolResult:
         """Raises InfrastructureError if it broke; it is killed then."""
 
+    def hang_up(self) -> None:
+        """Begins to end it."""
+
     def kill(self) -> None:
         """Ends it, any number of times, from any thread."""
 
@@ -60,7 +63,7 @@ class Worker(Protocol):
 class Sandbox:
     """Runs model-written programs in isolation; see `docs/sandbox.md`. Thread-safe.
 
-    Workers are started when they are first needed, and replaced when they fail and after `recycle` programs. A program
+    The first worker is started at once, others when they are first needed. Workers are replaced when they fail and after `recycle` programs. A program
     whose worker fails is run again on a fresh one; what fails `1 + retries` times is answered with status
     `sandbox_error`. Where more than 5 % of the runs within a minute fail in this way, calls wait until programs run
     again, for at most ten minutes.
@@ -120,6 +123,8 @@ class Sandbox:
         self._idle: queue.LifoQueue[tuple[Worker | None, int]] = queue.LifoQueue()
         for _ in range(workers):
             self._idle.put((None, 0))
+        if self.backend != "remote":
+            self._start_first()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
         self._finalizer = weakref.finalize(self, _kill_all, self._live)
 
@@ -134,6 +139,8 @@ class Sandbox:
         self._closing.set()
         with self._lock:
             live = list(self._live)
+        for worker in live:
+            worker.hang_up()
         for worker in live:
             worker.kill()
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -221,6 +228,14 @@ class Sandbox:
         finally:
             self._idle.put((worker, served + 1))
         return result
+
+    def _start_first(self) -> None:
+        """A worker that cannot start, as for a package that does not load, shows now and not in every call."""
+        self._idle.get()
+        try:
+            self._idle.put((self._start(), 0))
+        except InfrastructureError as error:
+            raise SandboxUnavailable(str(error)) from None
 
     def _start(self) -> Worker:
         if self._closing.is_set():

@@ -9,12 +9,14 @@ import pathlib
 import secrets
 import socket
 import tempfile
+import threading
 
 from elpo_jax.tools.base import InfrastructureError, Status
 from elpo_jax.tools.sandbox.backends import LOCAL, supported_platform
 from elpo_jax.tools.sandbox.limits import Limits
 from elpo_jax.tools.sandbox.worker import LocalWorker
 
+_LOCK = threading.Lock()
 LIMITS = Limits(cpu_s=2.0, memory_mb=128)
 
 
@@ -39,13 +41,13 @@ _ATTEMPTS = {
     "write a file of the host": "open(CANARY, 'a').write('x'); return 'written'",
     "make a file beside it": "open(CANARY + '.new', 'w').close(); return 'made'",
     "write where Python lies": "open(os.__file__, 'ab').close(); return 'opened for writing'",
-    "list the user's home": "return os.listdir(HOME)",
+    "list a folder of the host": "return os.listdir(os.path.dirname(CANARY))",
     "read a process's memory": "return open('/proc/1/environ').read()",
     "connect to a port of the host": "socket.create_connection(('127.0.0.1', PORT), 2); return 'connected'",
     "connect to a socket in the file system": (
         "s = socket.socket(socket.AF_UNIX); s.connect('/run/dbus/system_bus_socket'); return 'connected'"
     ),
-    "signal a process of the host": "os.kill(PID, 0); return 'it can be signalled'",
+    "signal a process of the host": "os.kill(PID if PID != os.getpid() else -1, 0); return 'it can be signalled'",
     "signal its parent": "os.kill(os.getppid() or -1, 0); return 'it can be signalled'",
     "start a process": "pid = os.fork(); pid or os._exit(0); os.waitpid(pid, 0); return 'forked'",
     "start a program": "os.execv('/bin/true', ['true'])",
@@ -71,7 +73,7 @@ _ATTEMPTS = {
 
 _PROGRAM = """
 import ctypes, json, os, resource, socket, stat
-CANARY, HOME, PORT, PID, SECRET = json.loads(input())
+CANARY, PORT, PID, SECRET = json.loads(input())
 libc = ctypes.CDLL(None, use_errno=True)
 
 def call(function, *arguments):
@@ -123,14 +125,14 @@ def run(backend: str) -> list[Verdict]:
         canary.chmod(0o666)
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         listener.setblocking(False)
-        os.environ["ELPO_PROBE_SECRET"] = secret
-        try:
-            worker = LocalWorker(backend, ())
-        finally:
-            del os.environ["ELPO_PROBE_SECRET"]
+        with _LOCK:  # of two at a time, one would take away the other's
+            os.environ["ELPO_PROBE_SECRET"] = secret
+            try:
+                worker = LocalWorker(backend, ())
+            finally:
+                del os.environ["ELPO_PROBE_SECRET"]
         stack.callback(worker.kill)
-        home = os.path.expanduser("~")
-        given = json.dumps([str(canary), home, listener.getsockname()[1], os.getpid(), secret]).encode() + b"\n"
+        given = json.dumps([str(canary), listener.getsockname()[1], os.getpid(), secret]).encode() + b"\n"
         for probe, body in _ATTEMPTS.items():
             code = (
                 f"{_PROGRAM}def attempt():\n    {body}\n"

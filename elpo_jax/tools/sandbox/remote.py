@@ -95,6 +95,10 @@ class RemoteWorker:
             self._disconnect()
             raise
 
+    def hang_up(self) -> None:
+        """As `kill`, which does not wait."""
+        self.kill()
+
     def kill(self) -> None:
         """Ends the call under way, which fails, and all later ones. Any number of times, from any thread."""
         self._killed = True

@@ -13,12 +13,12 @@ import subprocess
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 
 from elpo_jax.tools.base import InfrastructureError, Status, ToolResult
 from elpo_jax.tools.sandbox.backends import launch
 from elpo_jax.tools.sandbox.inside import scratch
-from elpo_jax.tools.sandbox.inside.program import READY
 from elpo_jax.tools.sandbox.limits import Limits
 
 START_SECONDS = 120.0  # importing and heating packages takes under two on an idle machine
@@ -27,6 +27,10 @@ STOP_SECONDS = 5.0
 
 _MEMORY = pathlib.Path("/dev/shm")
 _IDENTIFIER = re.compile(r"[^\W\d]\w{0,63}")
+
+
+_open: "weakref.WeakSet[LocalWorker]" = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [worker.leave() for worker in list(_open)])
 
 
 class LocalWorker:
@@ -49,21 +53,27 @@ class LocalWorker:
             else str(_MEMORY / f"elpo-{os.getpid()}-{secrets.token_hex(6)}")
         )
         start = launch(backend, packages, without, self._scratch)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        self._socket, theirs = socket.socketpair()
         self._lock = threading.Lock()
         self._killed = False
-        with theirs:
-            self._process = subprocess.Popen(
-                [*start.command, json.dumps(start.settings)],
-                stdin=theirs,
-                stdout=subprocess.DEVNULL,
-                stderr=self._log,
-                env=start.environment,
-                cwd="/",
-                start_new_session=True,  # a Ctrl-C is ours alone to handle, and one signal reaches all of it
-            )
+        with contextlib.ExitStack() as stack:
+            try:
+                self._log = stack.enter_context(tempfile.TemporaryFile())
+                self._socket, theirs = map(stack.enter_context, socket.socketpair())
+                self._process = subprocess.Popen(
+                    [*start.command, json.dumps(start.settings)],
+                    stdin=theirs,
+                    stdout=subprocess.DEVNULL,
+                    stderr=self._log,
+                    env=start.environment,
+                    cwd="/",
+                    start_new_session=True,  # a Ctrl-C is ours alone to handle, and one signal reaches all of it
+                )
+            except OSError as error:  # no descriptors, processes or memory left
+                raise InfrastructureError(f"a {backend} worker could not be started: {error}") from None
+            stack.pop_all()
+            theirs.close()
         self.pid = self._process.pid
+        _open.add(self)
         with contextlib.suppress(OSError):  # should memory run out, let it not be the trainer's
             pathlib.Path(f"/proc/{self.pid}/oom_score_adj").write_text("1000")
         try:
@@ -98,14 +108,22 @@ class LocalWorker:
                 f"a {self.backend} worker failed ({error or type(error).__name__}) {self._said()}"
             ) from None
 
+    def hang_up(self) -> None:
+        """Has it end, without waiting for that."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def leave(self) -> None:
+        """Forgets it, in a process that is a copy of its own: only one may talk to it, and hold on to it."""
+        self._socket.close()
+
     def kill(self) -> None:
         """Ends the process and all its descendants, and waits for it. Any number of times, from any thread."""
         with self._lock:
             if self._killed:
                 return
             self._killed = True
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)  # at which it clears up and ends
+            self.hang_up()  # at which it clears up and ends
             try:
                 self._process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
@@ -145,15 +163,13 @@ class LocalWorker:
 
     def _result(self, reply: dict, stdout: bytes, stderr: bytes, report: bytes, limits: Limits) -> ToolResult:
         """What a reply means. Our own failures come first, then limits, then what the program did."""
-        if not report.startswith(READY):
-            raise InfrastructureError(f"a program's process could not be set up: {report!r} {reply['cause']}")
-        kind, _, extra = report.removeprefix(READY).decode("utf-8", "replace").partition("\n")
+        if reply["said"] != "ready":
+            raise InfrastructureError(f"a program's process could not be set up: {reply['said']!r} {reply['cause']}")
+        kind, _, extra = report.decode("utf-8", "replace").partition("\n")
         kind = kind if _IDENTIFIER.fullmatch(kind) else "Exception" if kind else ""
         cause, number, exit_code = reply["cause"], reply["signal"], reply["exit_code"]
         # A machine that is short of memory ends processes without a word. Of a large one the program is to blame.
         large = reply["max_rss"] - reply["own_rss"] > 0.9 * (limits.memory_mb << 20)
-        if cause == "starved":
-            raise InfrastructureError(f"a program waited for a core for most of {limits.hard_wall:g} s")
         if cause == "outside" and not large:
             raise InfrastructureError("a program's process was killed from outside: is the machine short of memory?")
         status, detail = Status.OK, ""

@@ -4,6 +4,7 @@ Run by file name with the settings as its only argument and the socket to the ho
 environment. This process stays: it waits for the worker and for the host, and if either ends, ends the other's side.
 """
 
+import contextlib
 import importlib.machinery
 import json
 import os
@@ -57,9 +58,12 @@ def _drop_user() -> bool:
     """Becomes a user that nobody else is, for good, if this is root. Returns whether it did."""
     if os.geteuid() != 0:
         return False
-    os.setgroups([])
+    try:
+        os.setgroups([])
+    except PermissionError:
+        raise OSError("this is root without the capability to become somebody else (CAP_SETUID, CAP_SETGID)") from None
     for base in UIDS:
-        uid = base + os.getpid() % (4 << 20 if base > 65535 else 1000)
+        uid = base + int.from_bytes(os.urandom(4)) % (1 << 24 if base > 65535 else 1000)
         try:
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
@@ -90,8 +94,10 @@ def _namespaces(settings: dict) -> None:
     layers = settings["layers"]
     binds, devices = settings["binds"], settings["devices"]
     root = os.geteuid() == 0
-    # A folder may be readable for root alone, so root opens it; what is opened is all that goes along.
-    trees = _open_trees(binds, devices) if root else []
+    trees = []
+    if root:  # a folder may be readable for root alone, so root opens it; what is opened is all that goes along
+        with contextlib.suppress(PermissionError):  # root of a container that may not mount: then as anybody else
+            trees = _open_trees(binds, devices)
     if "uid" in layers:
         _drop_user()
     uid, gid = os.geteuid(), os.getegid()
@@ -102,7 +108,7 @@ def _namespaces(settings: dict) -> None:
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"{NOBODY} {uid} 1")
     _write("/proc/self/gid_map", f"{NOBODY} {gid} 1")
-    if not root:
+    if not trees:
         trees = _open_trees(binds, devices)
     linux.mount("none", "/", "none", linux.MS_REC | linux.MS_PRIVATE)
     if "mount" in layers:

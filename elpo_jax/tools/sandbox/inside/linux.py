@@ -95,7 +95,7 @@ def move_mount(tree: int, target: str) -> None:
 
 
 def set_mount(fd: int, path: str, attributes: int, recursive: bool) -> None:
-    data = ctypes.create_string_buffer(struct.pack("=QQQQ", attributes, 0, 0, 0), 32)
+    data = ctypes.create_string_buffer(struct.pack("=QQQQ", attributes, 0, MS_PRIVATE, 0), 32)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     _syscall(f"mount_setattr {path}", SYS_MOUNT_SETATTR, fd, ctypes.c_char_p(path.encode()), flags, data, 32)
 
@@ -137,7 +137,8 @@ class Init:
     could neither abort nor be told from one that was killed. This one shares our memory, so it costs no copy of it.
     """
 
-    _stack = mmap.mmap(-1, 1 << 16)
+    # Private: what a program writes to its copy must not be what this runs on.
+    _stack = mmap.mmap(-1, 1 << 16, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     _top = ctypes.addressof(ctypes.c_char.from_buffer(_stack)) + (1 << 16)
 
     def __init__(self):
@@ -211,7 +212,7 @@ def landlock_restrict(ruleset: int) -> None:
 def address_space() -> int:
     """Bytes of address space this process has, to a page; found by trying, since there may be no /proc to ask."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    low, high = 0, 1 << 47
+    low, high = 0, 1 << 47 if hard == resource.RLIM_INFINITY else min(1 << 47, hard)
     while high - low > 4096:
         middle = (low + high) // 2
         resource.setrlimit(resource.RLIMIT_AS, (middle, hard))

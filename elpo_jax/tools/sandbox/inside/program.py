@@ -18,9 +18,6 @@ import types
 from typing import NoReturn
 
 NAME = "<code>"
-# The first thing on the report pipe, before any of the program runs: without it the failure is ours. A program cannot
-# take it back, so it cannot pass its own failure off as one of ours.
-READY = b"ready\n"
 LINE = 300  # characters of a line of a traceback, which may hold a program of one line
 LINES = 100  # of a traceback, which may be of a recursion through several functions
 

@@ -4,37 +4,64 @@ It is worked on by descriptors that follow no link: its content, and with it eve
 """
 
 import contextlib
+import math
 import os
 import stat
+
+MOST_GONE = 20  # folders that vanish while they are counted, until that is no accident
 
 _FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def usage(folder: str, most: int) -> tuple[int, int]:
-    """Bytes and number of the files below a folder; stops counting above `most` files."""
-    size = count = 0
+def usage(folder: str, most: int) -> tuple[float, int]:
+    """Bytes and number of the files below a folder; stops counting above `most` files.
+
+    What cannot be counted is infinite: folders that are closed, nested too deep for a path, or moved under our feet.
+    """
+    size, count, gone = 0, 0, 0
     folders = [folder]
     while folders and count <= most:
-        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                count += 1
-                with contextlib.suppress(OSError):
-                    size += entry.stat(follow_symlinks=False).st_blocks * 512
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    count += 1
+                    with contextlib.suppress(FileNotFoundError):
+                        size += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
+        except FileNotFoundError:
+            gone += 1
+            if gone > MOST_GONE:
+                return math.inf, count
+        except OSError:
+            return math.inf, count
     return size, count
 
 
-def deleted(pid: int) -> int:
-    """Bytes of the deleted files that a process holds open."""
-    size = 0
+def deleted(pid: int, folder: str, unknown: int) -> int:
+    """Bytes of the deleted files of a folder that a process still has open or mapped.
+
+    Args:
+      pid: The process.
+      folder: Where they were.
+      unknown: What to count for a file that is only mapped, whose size does not show.
+    """
+    sizes: dict[int, int] = {}
     with contextlib.suppress(OSError):
-        for fd in os.listdir(f"/proc/{pid}/fd"):
+        device = os.stat(folder).st_dev
+        for task in os.listdir(f"/proc/{pid}/task"):  # the first may have ended before the others
             with contextlib.suppress(OSError):
-                facts = os.stat(f"/proc/{pid}/fd/{fd}")
-                if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 0:
-                    size += facts.st_blocks * 512
-    return size
+                for fd in os.listdir(f"/proc/{pid}/task/{task}/fd"):
+                    with contextlib.suppress(OSError):
+                        facts = os.stat(f"/proc/{pid}/task/{task}/fd/{fd}")
+                        if facts.st_nlink == 0 and facts.st_dev == device and stat.S_ISREG(facts.st_mode):
+                            sizes[facts.st_ino] = facts.st_blocks * 512
+                break
+        with open(f"/proc/{pid}/maps", "rb") as maps:
+            for line in maps:
+                if line.endswith(b" (deleted)\n") and os.fsencode(f" {folder}/") in line:
+                    sizes.setdefault(int(line.split()[4]), unknown)
+    return sum(sizes.values())
 
 
 def empty(folder: str) -> None:

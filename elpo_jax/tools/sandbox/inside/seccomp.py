@@ -88,7 +88,6 @@ _FREE = {
     "preadv2": (327, 286),
     "pwritev2": (328, 287),
     "statx": (332, 291),
-    "close_range": (436, 436),
     "faccessat2": (439, 439),
     "epoll_pwait2": (441, 441),
     # memory
@@ -158,9 +157,7 @@ _FREE = {
     "time": (201, None),
     "getcpu": (309, 168),
     "getrandom": (318, 278),
-    # a connected pair of its own, as asyncio needs
-    "socketpair": (53, 199),
-    "recvfrom": (45, 207),
+    # of a connected pair of its own
     "shutdown": (48, 210),
     "getsockname": (51, 204),
     "getpeername": (52, 205),
@@ -184,7 +181,9 @@ _ANY = 0xFFFFFFFF
 
 # What is done with the first alternative whose conditions (argument, mask, value) all hold; if none, it is refused.
 _LET, _REFUSE, _END = "let", "refuse", "end"
-_CLONE_THREAD = 0x00010000
+# A thread like any other: one with descriptors or a folder of its own would not be seen by who counts them.
+_CLONE_SHARED = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000
+_AF_UNIX, _MSG_OOB, _CLOSE_RANGE_UNSHARE = 1, 1, 2
 _O_ACCMODE, _O_TRUNC = 0x3, 0x200
 _SIGKILL, _RLIMIT_CPU = 9, 0
 
@@ -206,7 +205,7 @@ def _signals(number: int) -> list:
 _IF = {
     "open": ((2, None), _opens(1)),
     "openat": ((257, 56), _opens(2)),
-    "clone": ((56, 220), [(_LET, [(0, _CLONE_THREAD, _CLONE_THREAD)])]),
+    "clone": ((56, 220), [(_LET, [(0, _CLONE_SHARED, _CLONE_SHARED)])]),
     "kill": ((62, 129), _signals(1)),
     "tgkill": ((234, 131), _signals(2)),
     "rt_sigqueueinfo": ((129, 138), _signals(1)),
@@ -221,7 +220,10 @@ _IF = {
     ),
     "setrlimit": ((160, 164), [(_REFUSE, [(0, _ANY, _RLIMIT_CPU)]), (_LET, [])]),
     # No destination: the pair is connected, and an address could name a socket of somebody else.
-    "sendto": ((44, 206), [(_LET, [(4, _ANY, 0), (4.5, _ANY, 0)])]),
+    "sendto": ((44, 206), [(_LET, [(3, _MSG_OOB, 0), (4, _ANY, 0), (4.5, _ANY, 0)])]),
+    "recvfrom": ((45, 207), [(_LET, [(3, _MSG_OOB, 0)])]),
+    "socketpair": ((53, 199), _either(0, _AF_UNIX)),  # as asyncio needs; other families would have modules loaded
+    "close_range": ((436, 436), [(_LET, [(2, _CLOSE_RANGE_UNSHARE, 0)])]),
     # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
     "ioctl": ((16, 29), _either(1, 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),
     # All but those that send signals, take leases or enlarge pipes. Record locks stay for SQLite's sake; `flock`, which

@@ -29,7 +29,8 @@ TICK_S = 0.1  # how often a running program is looked at
 SLEEP_S = 0.5  # over how long it is judged asleep or not: on a busy machine a program gets a core now and then
 WATCH_S = 0.02  # how often where nothing else limits its files and threads
 AWAKE = 0.01  # the least share of that time that a program computes for if it is not asleep
-CORES = os.cpu_count() or 1
+CORES = len(os.sched_getaffinity(0))
+READY = b"ready"
 REPORT_BYTES = 512
 STACK_BYTES = 64 << 20  # of the main thread, for recursion through C; what is used of it counts as memory
 EXIT = os._exit
@@ -117,6 +118,7 @@ class Worker:
             self._mounted = size if size != (0, 0) else None
         elif self._scratch:
             scratch.empty(self._scratch)
+            os.utime(self._scratch, (0, 0))  # when it was last written to is nobody's business
         if "pid" in self._layers:
             self._init = linux.Init()
 
@@ -128,19 +130,25 @@ class Worker:
             self._prepare(size)
         caps = (limits["output"], limits["output"], REPORT_BYTES)
         pipes = [os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK) for _ in caps]
+        # What a program's process says before any of the program runs: with this it is ready, else the failure is ours.
+        # It is closed by then, so a program can neither say it nor take it back, and so not pass its failure off as
+        # one of ours.
+        prologue, prologue_end = map(out_of_the_way, os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
         began = time.monotonic()
         if self._init is not None:
             linux.setns(self._init.fd, linux.NAMESPACES["pid"])
         child = os.fork()
         if child == 0:
-            self._become(settings, code, stdin, [writer for _, writer in pipes])
+            self._become(settings, code, stdin, [writer for _, writer in pipes], prologue_end)
         if self._init is not None:
             linux.setns(self._home, linux.NAMESPACES["pid"])
-        for fd in (code, stdin, *(writer for _, writer in pipes)):
+        for fd in (code, stdin, prologue_end, *(writer for _, writer in pipes)):
             os.close(fd)
         sinks = [_Sink(reader, cap) for (reader, _), cap in zip(pipes, caps, strict=True)]
         cause, status, usage = self._watch(child, sinks, limits, began)
-        self._answer(sinks, cause, status, usage, limits, time.monotonic() - began)
+        said = os.read(prologue, REPORT_BYTES)
+        os.close(prologue)
+        self._answer(sinks, said, cause, status, usage, time.monotonic() - began)
         for sink in sinks:
             sink.close()
 
@@ -148,8 +156,7 @@ class Worker:
         """Keeps what a program prints until its process has ended, and ends it where it passes a limit.
 
         Returns:
-          "cpu", "wall", "output", "files" or "threads" if that limit ended it, "starved" if it hardly got a core until
-          the hard end, else ""; the wait status; the usage.
+          "cpu", "wall", "output", "files" or "threads" if that limit ended it, else ""; the wait status; the usage.
         """
         clock = ~child << 3 | 2  # the CPU clock of all threads of a process
         handle = os.pidfd_open(child)
@@ -186,10 +193,8 @@ class Worker:
                     judged, used_then = now, used
                 if used >= limits["cpu"]:
                     cause = "cpu"
-                elif asleep >= limits["wall"]:
+                elif asleep >= limits["wall"] or now - began >= limits["hard_wall"]:
                     cause = "wall"
-                elif now - began >= limits["hard_wall"]:
-                    cause = "end"
         if cause:
             os.kill(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
@@ -198,8 +203,6 @@ class Worker:
             sink.drain()
         if not cause and any(sink.is_over for sink in sinks):
             cause = "output"
-        if cause == "end":  # it gave its core away, to sleep, or others took it
-            cause = "wall" if usage.ru_nvcsw >= usage.ru_nivcsw else "starved"
         # Measured after its end, so that it does not depend on when it was last looked at.
         if not cause and usage.ru_utime + usage.ru_stime >= limits["cpu"]:
             cause = "cpu"
@@ -215,12 +218,12 @@ class Worker:
                 return "threads"
         if self._scratch:
             size, count = scratch.usage(self._scratch, limits["files"])
-            size += scratch.deleted(child)
+            size += scratch.deleted(child, self._scratch, limits["file"])
             if size > limits["scratch"] or count > limits["files"]:
                 return "files"
         return ""
 
-    def _answer(self, sinks: list["_Sink"], cause: str, status: int, usage, limits: dict, wall: float) -> None:
+    def _answer(self, sinks: list["_Sink"], said: bytes, cause: str, status: int, usage, wall: float) -> None:
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
         if self._filter is not None and not cause:
             if number == signal.SIGKILL:
@@ -228,6 +231,7 @@ class Worker:
             elif number == signal.SIGSYS:
                 number = signal.SIGKILL
         reply = {
+            "said": said.decode("utf-8", "replace"),
             "cause": cause,
             "exit_code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
             "signal": number,
@@ -241,7 +245,7 @@ class Worker:
         for sink in sinks:
             sink.send(HOST)
 
-    def _become(self, settings: dict, code: int, stdin: int, writers: list[int]) -> NoReturn:
+    def _become(self, settings: dict, code: int, stdin: int, writers: list[int], prologue_end: int) -> NoReturn:
         """Turns this process into the program's own, layer by layer, and runs it."""
         try:
             layers, limits = self._layers, settings["limits"]
@@ -263,7 +267,7 @@ class Worker:
                 linux.landlock_restrict(self._ruleset)
             if "close_fds" in layers:
                 first = 4
-                for keep in [*self._keep, 1 << 20]:
+                for keep in [*sorted([*self._keep, prologue_end]), 1 << 20]:
                     os.closerange(first, keep)
                     first = keep + 1
             if "seed" in layers:
@@ -275,10 +279,11 @@ class Worker:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             # Out of the way of a program's imports; kept, since to take them apart would take a millisecond.
             ours = [sys.modules.pop(name) for name in self._modules]  # noqa: F841
-            os.write(3, program.READY)
+            os.write(prologue_end, READY)
+            os.close(prologue_end)
         except BaseException as error:
-            os.write(3, f"{type(error).__name__}: {error}\n".encode())
-            os._exit(1)
+            os.write(prologue_end, f"{type(error).__name__}: {error}".encode()[:REPORT_BYTES])
+            EXIT(1)
         try:
             program.main(text, settings["mode"], 3)
         finally:  # whatever a program made of the functions that it calls: it must not come back from there
@@ -347,6 +352,8 @@ class _Sink:
                 count = os.splice(self.reader, self._file, self._cap + 1 - self.size, flags=os.SPLICE_F_NONBLOCK)
             except BlockingIOError:
                 return False
+            except OSError:  # whatever a program put into its pipe
+                return True
             if not count:
                 return True
             self.size += count
