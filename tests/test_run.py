@@ -193,7 +193,8 @@ def test_every_split_is_measured_on_its_own_tasks(monkeypatch, tmp_path):
         families={"wordmath": None, "ledger": None}, family_task=lambda family, split, i: f"{family}/{split}/{i}"
     )
     sampler, state = types.SimpleNamespace(load=lambda *_, **__: None), types.SimpleNamespace(params=None, step=0)
-    run.measure(tiny.get_config(), tmp_path, "sft", state, None, sampler, stream)
+    environment = types.SimpleNamespace(isolation="namespaces")
+    run.measure(tiny.get_config(), tmp_path, "sft", state, environment, sampler, stream)
     for split, count in (("test", 3), ("validation", 2)):
         assert met[split] == {family: [[family, split]] * count for family in ("wordmath", "ledger")}
     written = json.loads((tmp_path / "eval/sft.json").read_text())

@@ -63,10 +63,10 @@ class Worker(Protocol):
 class Sandbox:
     """Runs model-written programs in isolation; see `docs/sandbox.md`. Thread-safe.
 
-    The first worker is started at once, others when they are first needed. Workers are replaced when they fail and after `recycle` programs. A program
-    whose worker fails is run again on a fresh one; what fails `1 + retries` times is answered with status
-    `sandbox_error`. Where more than 5 % of the runs within a minute fail in this way, calls wait until programs run
-    again, for at most ten minutes.
+    The first worker is started at once, others when they are first needed. Workers are replaced when they fail and
+    after `recycle` programs. A program whose worker fails is run again on a fresh one; what fails `1 + retries` times
+    is answered with status `sandbox_error`. Where more than 5 % of the runs within a minute fail in this way, calls
+    wait until programs run again, for at most ten minutes.
 
     Args:
       workers: Programs that run at once.
