@@ -1,4 +1,4 @@
-"""The main job: a small policy learns to reason with real tools, on two CPU cores, in six and a half minutes.
+"""The main job: a small policy learns to reason with real tools, on two CPU cores, in seven minutes.
 
 COMMAND:  bash experiments/quickstart.sh [WORKDIR]
 
