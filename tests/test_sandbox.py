@@ -130,6 +130,11 @@ VERDICTS = {
         {"status": "ok", "stdout": "fine\n"},
     ),
     "a long name": (f"raise type({'🎲' * 64!r}, (Exception,), {{}})", None, {"status": "error"}),
+    "breaking what runs it": (
+        "import sys; sys._getframe().f_back.f_globals['_report'] = None; 1 / 0",
+        None,
+        {"status": "error", "exit_code": 1, "stderr": ""},
+    ),
     "claiming our failure": ("import os; os.write(3, b'gone'); os._exit(97)", None, {"status": "error"}),
     "a thread outlives the program": (
         "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.05), print('late'))).start()",
@@ -512,6 +517,75 @@ def test_when_the_trainer_is_killed_nothing_of_it_survives(backend, stopped):
         eventually(lambda: not list(pathlib.Path("/dev/shm").glob(f"elpo-{host.pid}-*")), 10)
 
 
+FORKED = """
+import os, sys, time
+from elpo_jax.tools.sandbox import InfrastructureError, Sandbox
+sandbox = Sandbox(1, backend=sys.argv[1], packages=(), retries=0)
+sandbox.run("1")
+if os.fork() == 0:
+    (worker,) = sandbox._live
+    print("closed" if worker._socket.fileno() < 0 else "shared", flush=True)
+    time.sleep(60)
+    os._exit(0)
+print(sandbox.run("print('mine')").stdout, end="", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_of_the_trainer_neither_talks_to_its_workers_nor_keeps_them(backend):
+    root = pathlib.Path(__file__).parents[1]
+    with subprocess.Popen([sys.executable, "-c", FORKED, backend], stdout=subprocess.PIPE, cwd=root) as host:
+        assert sorted([host.stdout.readline(), host.stdout.readline()]) == [b"closed\n", b"mine\n"]
+        below = descendants(host.pid)
+        copies = [pid for pid in below if b"FORKED" in command(pid) or b"if os.fork()" in command(pid)]
+        workers = [pid for pid in below if b"launch.py" in command(pid)]
+        assert len(copies) == 1 and len(workers) >= 2
+        host.kill()
+        host.wait()
+        try:
+            eventually(lambda: not any(map(is_alive, workers)), 10)
+            assert is_alive(copies[0]), "the copy outlived them"
+        finally:
+            os.kill(copies[0], signal.SIGKILL)
+
+
+def command(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_host_without_descriptors_is_no_error_of_the_program(monkeypatch):
+    with Sandbox(1, backend=BACKENDS[0], packages=(), recycle=1) as one:
+        one.run("1")
+        before = len(os.listdir("/proc/self/fd"))
+
+        def none_left(*_, **__):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr("elpo_jax.tools.sandbox.worker.subprocess.Popen", none_left)
+        result = one.run("1")
+        assert result.status is Status.SANDBOX_ERROR and "Too many open files" in result.detail
+        monkeypatch.undo()
+        assert one.run("print(1)").stdout == "1\n"
+        assert len(os.listdir("/proc/self/fd")) <= before, "what was opened for it was closed"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_works_under_a_limit_of_the_hosts_own(backend):
+    """As a batch system or `ulimit -v` sets it."""
+    code = (
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
+        "from elpo_jax.tools.sandbox import Sandbox\n"
+        "with Sandbox(1, backend=sys.argv[1], packages=()) as one: print(one.run('print(7)').stdout)"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code, backend], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "7\n\n", done.stderr
+
+
 def break_some(one, share):
     """Makes a share of the runs fail as a dying worker would."""
     attempt, count = one._attempt, 0
@@ -707,8 +781,10 @@ for fd in range(3, 64):
 HOARDS = {
     "a closed folder": "os.mkdir('d', 0o300)\nname = 'd/{}'",
     "a deep folder": "for _ in range(18):\n    os.mkdir('d' * 250)\n    os.chdir('d' * 250)\nname = '{}'",
+    # By the C library: an object of Python's own would keep a descriptor as well.
     "mapped files": (
-        "name = 'f{}'\nkeep = lambda file: (maps.append(mmap.mmap(file.fileno(), 4096)), os.unlink(file.name))"
+        "import ctypes\nname, libc = 'f{}', ctypes.CDLL(None)\n"
+        "keep = lambda file: (libc.mmap(None, 4096, 3, 1, file.fileno(), 0), os.unlink(file.name))"
     ),
     "open files": "name = 'f{}'\nkeep = lambda file: (maps.append(os.dup(file.fileno())), os.unlink(file.name))",
 }
@@ -730,6 +806,13 @@ print("kept 12 MB")
 """
     result = sandbox.run(code, limits=Limits(scratch_mb=4, file_mb=2))
     assert result.status is Status.ERROR, result
+
+
+def test_the_scratch_folder_does_not_tell_when_it_was_used(sandbox):
+    if sandbox.backend == "namespaces":
+        pytest.skip("each program has a folder that is new")
+    sandbox.run_many(["open('f', 'w').write('x')"] * 4)
+    assert sandbox.run("import os; print(os.stat('.').st_mtime)").stdout == "0.0\n"
 
 
 def test_files_of_the_host_cannot_be_locked(sandbox):
