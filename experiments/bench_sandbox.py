@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from elpo_jax.tools.sandbox import Limits, Sandbox, Status
+from elpo_jax.tools.sandbox.pool import PACKAGES
 
-PACKAGES = ("numpy", "sympy")
 PROGRAMS = {
     "print": "print(1 + 1)",
     "sympy": "import sympy\nx = sympy.Symbol('x')\nprint(sympy.solve(x**2 - 5 * x + 6, x))",
