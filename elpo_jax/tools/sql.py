@@ -112,7 +112,7 @@ class Sql:
 
     Args:
       sandbox: Runs SQLite. Closing it is the caller's.
-      limits: Of one call.
+      limits: Of one call; None for the defaults.
       read_only: Refuses every change.
       foreign_keys: Enforces foreign keys, which SQLite by default only notes.
       now: What the clock says, as "YYYY-MM-DD HH:MM:SS".
@@ -133,14 +133,14 @@ class Sql:
     def __init__(
         self,
         sandbox: Sandbox,
-        limits: SqlLimits = SqlLimits(),
+        limits: SqlLimits | None = None,
         *,
         read_only: bool = False,
         foreign_keys: bool = False,
         now: str = "2025-01-01 12:00:00",
     ):
         self._sandbox = sandbox
-        self._limits = limits
+        self._limits = limits or SqlLimits()
         self._read_only = read_only
         self._foreign_keys = foreign_keys
         self._now = now
