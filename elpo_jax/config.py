@@ -15,6 +15,7 @@ from typing import Any, Literal
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.policy.recipes import Recipe, elpo, grpo
 from elpo_jax.rollout.sampler import SamplerConfig
+from elpo_jax.tasks.rewards import Reward
 from elpo_jax.tools.observation import LEAST_LIMIT
 from elpo_jax.train.mesh import MeshConfig
 from elpo_jax.train.step import OptimizerConfig
@@ -38,6 +39,10 @@ class WordMathConfig:
     slack: int = 0
     demonstrations: int = 8000
 
+    def line(self) -> str:
+        """The tasks in words, for a protocol."""
+        return f"{', '.join(map(str, self.difficulties))} steps and {self.slack} calls of slack"
+
 
 @dataclasses.dataclass(frozen=True)
 class LedgerConfig:
@@ -55,22 +60,86 @@ class LedgerConfig:
     noise: float = 0.0
     demonstrations: int = 12000
 
+    def line(self) -> str:
+        """The tasks in words, for a protocol."""
+        steps = ", ".join(map(str, self.difficulties))
+        return f"{steps} steps and {self.slack} calls of slack, noise {self.noise:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """A data set, as a family of tasks.
+
+    Attributes:
+      name: Of the family.
+      path: What `python -m elpo_jax.tasks.prepare` made, or a jsonl file of one's own in the layout that it documents.
+      use: "train": prompts for training; "test": held-out tasks only; "both".
+      tool: Which tool attempts can call.
+      max_calls: Calls that an attempt may make; a malformed one counts.
+      checker: "default": what the data set's answers need (math, letter or program); "exact": the same, but answers
+        that only symbolic algebra could tell equal count as wrong; "strict_box": the reference recipe's comparison.
+      partial_credit: Run all tests of a program and reward the fraction that it passes; success needs all of them
+        either way.
+      plain: Prompts without instructions, for policies that learn what to do from demonstrations.
+      validation: Share of the training rows that is held out, where the data set has no validation split.
+      demonstrations: Transcripts for the cold start, of rows whose solutions have calculator marks; 0 for none.
+    """
+
+    name: str
+    path: str
+    use: Literal["train", "test", "both"] = "both"
+    tool: Literal["calculator", "code_interpreter"] = "code_interpreter"
+    max_calls: int = 16
+    checker: Literal["default", "exact", "strict_box"] = "default"
+    partial_credit: bool = False
+    plain: bool = False
+    validation: float = 0.05
+    demonstrations: int = 0
+
+    @property
+    def difficulties(self) -> tuple[int, ...]:
+        """None that anyone knows; the stream wants a number to hand on."""
+        return (2,)
+
+    @property
+    def slack(self) -> int:
+        """Calls that an attempt may make: it is not known how many it needs."""
+        return self.max_calls
+
+    def line(self) -> str:
+        """The tasks in words, for a protocol."""
+        return f"at most {self.max_calls} calls of {self.tool}"
+
 
 @dataclasses.dataclass(frozen=True)
 class TasksConfig:
-    """Which tasks are generated.
+    """Which tasks are attempted.
 
     Attributes:
-      families: Names of families ("wordmath", "ledger"); prompts alternate between them.
+      families: Names of families: "wordmath", "ledger" and those of `datasets`; prompts alternate between them.
       wordmath: Its numbers.
       ledger: Its numbers.
-      chat_tools: How the prompt lists the tools: their names, or their full JSON schemas.
+      datasets: Data sets that `families` can name.
+      chat_tools: How the prompt lists the tools: their names, or their full JSON schemas. A checkpoint's own template
+        lists them in its own way.
     """
 
     families: tuple[str, ...] = ("wordmath", "ledger")
     wordmath: WordMathConfig = WordMathConfig()
     ledger: LedgerConfig = LedgerConfig()
+    datasets: tuple[DatasetConfig, ...] = ()
     chat_tools: Literal["names", "schema"] = "names"
+
+    def of(self, family: str) -> WordMathConfig | LedgerConfig | DatasetConfig:
+        """The numbers of a family.
+
+        Raises:
+          ConfigError: If there is none of that name.
+        """
+        known = {"wordmath": self.wordmath, "ledger": self.ledger} | {d.name: d for d in self.datasets}
+        if family not in known:
+            raise ConfigError(f"unknown family {family!r} in tasks.families: there are {', '.join(known)}")
+        return known[family]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +147,17 @@ class TokenizerConfig:
     """How text becomes ids.
 
     Attributes:
-      kind: "sentencepiece" is trained at the start of a run; "byte" has a fixed vocabulary and needs nothing.
-      vocab_size: Ids of the sentencepiece model.
+      kind: "sentencepiece" and "bpe" (byte-level) are trained at the start of a run; "byte" has a fixed vocabulary and
+        needs nothing; "checkpoint" is a published tokenizer with its chat template.
+      vocab_size: Ids of the model that is trained.
       texts: Demonstrations per family that it learns its pieces from.
+      source: Folder of a published tokenizer; "" for that of the weights, `model.source`.
     """
 
-    kind: Literal["sentencepiece", "byte"] = "sentencepiece"
+    kind: Literal["sentencepiece", "bpe", "byte", "checkpoint"] = "sentencepiece"
     vocab_size: int = 1024
     texts: int = 400
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +306,10 @@ _BOUNDS = (
     ("eval.bootstrap", 1, math.inf),
 )
 # What a recipe's folder in the run folder, its eval/NAME.json or its key in results.json would collide with.
-_TAKEN = {"sft", "eval", "total", "compile_cache", "config.json", "tokenizer.model", "results.json", "report.html"}
+_TAKEN = {"sft", "eval", "total", "compile_cache", "config.json", "results.json", "report.html"} | {
+    "tokenizer",
+    "tokenizer.model",
+}
 SCALARS = {int: "an int", float: "a finite number", bool: "a bool", str: "a string"}
 
 
@@ -251,6 +326,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     sampler: SamplerConfig = SamplerConfig()
     rollout: RolloutConfig = RolloutConfig()
+    reward: Reward = Reward()
     sft: SftConfig = SftConfig()
     algo: Recipe = dataclasses.field(default_factory=elpo)
     against: tuple[Recipe, ...] = dataclasses.field(default_factory=lambda: (grpo(),))
@@ -284,6 +360,19 @@ class Config:
                 raise ConfigError(f"{key} must name at least one: the dataset is empty")
         if len(set(self.tasks.families)) < len(self.tasks.families):
             raise ConfigError(f"tasks.families names a family twice: {self.tasks.families}")
+        datasets = [dataset.name for dataset in self.tasks.datasets]
+        if len({"wordmath", "ledger", *datasets}) < len(datasets) + 2:
+            raise ConfigError(f"tasks.datasets needs a different name for each, not {', '.join(datasets)}")
+        for i, dataset in enumerate(self.tasks.datasets):
+            if dataset.max_calls < 0 or dataset.demonstrations < 0 or not 0 <= dataset.validation < 1:
+                raise ConfigError(
+                    f"tasks.datasets.{i}: max_calls={dataset.max_calls} and demonstrations={dataset.demonstrations} "
+                    f"must be at least 0, and validation={dataset.validation} at least 0 and less than 1"
+                )
+        if not self.training_families:
+            raise ConfigError("tasks.families has none to train on: set tasks.datasets.N.use to train or both for one")
+        if self.tokenizer.kind == "checkpoint" and not (self.tokenizer.source or self.model.source):
+            raise ConfigError("tokenizer.kind=checkpoint needs a folder: set tokenizer.source or model.source")
         for key, other in (("rl.prompts", "rl.updates"), ("sft.rows", "sft.micro_rows")):
             value, divisor = operator.attrgetter(key, other)(self)
             if value % divisor:
@@ -303,14 +392,22 @@ class Config:
         return self
 
     @property
+    def training_families(self) -> tuple[str, ...]:
+        """The families that training tasks are drawn from."""
+        return tuple(name for name in self.tasks.families if getattr(self.tasks.of(name), "use", "both") != "test")
+
+    @property
     def demonstrations(self) -> dict[str, int]:
         """Transcripts for the cold start, by family."""
-        return {name: getattr(self.tasks, name).demonstrations for name in self.tasks.families}
+        return {name: self.tasks.of(name).demonstrations for name in self.training_families}
 
     @property
     def first_rl_task(self) -> int:
-        """Where the prompts of RL begin in the stream of training tasks: after those of the demonstrations."""
-        return max(self.demonstrations.values()) * len(self.tasks.families)
+        """Where the prompts of RL begin in the stream of training tasks: after those of the demonstrations.
+
+        A data set goes round: RL meets its demonstrated problems again once the others are used up.
+        """
+        return max(self.demonstrations.values()) * len(self.training_families)
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:

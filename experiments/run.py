@@ -97,8 +97,8 @@ def stages(config: Config) -> list[str]:
 
 
 def held_out(stream: TaskStream, split: Split, count: int) -> dict[str, list[Task]]:
-    """The first tasks of a split, by family."""
-    return {family: [stream.family_task(family, split, i) for i in range(count)] for family in stream.families}
+    """The first tasks of a split, by family, of the families that have any."""
+    return {family: stream.first(family, split, count) for family in stream.names(split)}
 
 
 def last_state(checkpoints: Checkpoints, blank: TrainState, mesh, meta: dict) -> tuple[TrainState, int]:
@@ -190,9 +190,7 @@ def reinforce(
 
     def validate(step: int) -> dict[str, float]:
         tasks = held_out(stream, "validation", config.rl.eval_tasks)
-        protocol = protocol_of(
-            config, environment, "validation", config.rl.eval_tasks, config.rl.eval_k, config.rollout.temperature
-        )
+        protocol = protocol_of(config, environment, "validation", tasks, config.rl.eval_k, config.rollout.temperature)
         families = evaluate(recipe.name, tasks, protocol, environment, sampler, config.eval.bootstrap)["families"]
         row = {}
         for family, figures in families.items():
@@ -246,23 +244,24 @@ def measure(
     began = time.perf_counter()
     sampler.load(state.params, version=int(state.step))
     counts: dict[Split, int] = {"test": config.eval.tasks, "validation": config.eval.validation_tasks}
-    attempts = sum(counts.values()) * config.eval.k * len(stream.families)
+    tasks = {split: held_out(stream, split, count) for split, count in counts.items() if count}
+    attempts = {split: config.eval.k * sum(map(len, families.values())) for split, families in tasks.items()}
     by_split, done = {}, 0
-    with Progress(f"evaluating {name}", attempts) as progress:
-        for split, count in counts.items():
-            if not count:
+    with Progress(f"evaluating {name}", sum(attempts.values())) as progress:
+        for split, families in tasks.items():
+            if not families:
                 continue
-            protocol = protocol_of(config, environment, split, count, config.eval.k, config.eval.temperature)
+            protocol = protocol_of(config, environment, split, families, config.eval.k, config.eval.temperature)
             by_split[split] = evaluate(
                 name,
-                held_out(stream, split, count),
+                families,
                 protocol,
                 environment,
                 sampler,
                 config.eval.bootstrap,
                 lambda rollouts, done=done: progress.update(done + rollouts, rollouts=1),
             ) | {"protocol_line": protocol.line()}
-            done += count * config.eval.k * len(stream.families)
+            done += attempts[split]
     for split, figures in by_split.items():
         print(f"{name}, {figures['protocol_line']}")
         for family, values in figures["families"].items():
@@ -282,20 +281,23 @@ def figures_line(values: dict, k: int) -> str:
 
 
 def protocol_of(
-    config: Config, environment: Environment, split: str, tasks: int, k: int, temperature: float
+    config: Config,
+    environment: Environment,
+    split: str,
+    tasks: Mapping[str, Sequence[Task]],
+    k: int,
+    temperature: float,
 ) -> Protocol:
     return Protocol(
         split=split,
-        tasks_per_family=tasks,
+        families={name: f"{len(of)} tasks, {config.tasks.of(name).line()}" for name, of in tasks.items()},
         k=k,
         temperature=temperature,
         seed=config.seed,
-        difficulties={name: getattr(config.tasks, name).difficulties for name in config.tasks.families},
-        slack={name: getattr(config.tasks, name).slack for name in config.tasks.families},
-        noise=config.tasks.ledger.noise,
         max_turn_tokens=config.rollout.max_turn_tokens,
         context=config.sampler.context,
         isolation=environment.isolation,
+        checkers={name: environment.families[name].checker for name in tasks},
     )
 
 

@@ -112,11 +112,11 @@ CONFIG = {
 }
 PROTOCOL = {
     "split": "test",
-    "tasks_per_family": 200,
+    "families": {"wordmath": "200 tasks", "ledger": "200 tasks"},
     "k": 8,
     "temperature": 1.0,
     "seed": 17,
-    "checker": "exact number; goal against the final database",
+    "checkers": {"wordmath": "exact number", "ledger": "goal against the final database"},
     "majority_ties": "first answer given",
     "interval": "95 % percentile bootstrap over tasks",
 }

@@ -139,28 +139,25 @@ def test_figures_do_not_depend_on_the_order_of_the_tasks_but_for_their_list():
 def test_the_protocol_says_everything_that_a_figure_depends_on():
     protocol = Protocol(
         split="test",
-        tasks_per_family=200,
+        families={"wordmath": "200 tasks, 2 steps and 1 calls of slack", "ledger": "100 tasks, noise 0.25"},
         k=8,
         temperature=0.6,
         seed=3,
-        difficulties={"wordmath": (2,), "ledger": (2, 3, 4)},
-        slack={"wordmath": 1, "ledger": 0},
-        noise=0.25,
         max_turn_tokens=64,
         context=256,
         isolation="namespaces",
-        checker="exact",
+        checkers={"wordmath": "exact"},
         majority_ties="first",
         interval="95 % bootstrap",
     )
     assert protocol.line() == (
-        "test split, 200 tasks per family (wordmath: 2 steps and 1 calls of slack; ledger: 2, 3, 4 steps and 0 calls "
-        "of slack), k=8, temperature 0.6, seed 3, noise 0.25, turn <= 64 tokens, context 256; "
-        "isolation of programs: namespaces; checker: exact; maj@k ties: first; 95 % bootstrap"
+        "test split (wordmath: 200 tasks, 2 steps and 1 calls of slack; ledger: 100 tasks, noise 0.25), k=8, "
+        "temperature 0.6, seed 3, turn <= 64 tokens, context 256; "
+        "isolation of programs: namespaces; checker: wordmath: exact; maj@k ties: first; 95 % bootstrap"
     )
     unsafe = dataclasses.replace(protocol, isolation="unsafe")
     assert "isolation of programs: NONE (unsafe); " in unsafe.line()
-    others = {"difficulties": {"wordmath": (5,), "ledger": (5,)}, "slack": {"wordmath": 7, "ledger": 7}}
+    others = {"families": {"wordmath": "5 tasks"}, "checkers": {"wordmath": "none"}}
     for name, value in vars(protocol).items():  # no part of it is left out
         other = others.get(name) or value + ("!" if isinstance(value, str) else 1)
         assert dataclasses.replace(protocol, **{name: other}).line() != protocol.line(), name

@@ -88,9 +88,9 @@ def test_every_prompt_that_a_run_will_meet_is_checked(eval_every, at_the_end, va
     changes += [f"eval.validation_tasks={at_the_end}", "tasks.wordmath.demonstrations=10"]
     config = override(Config(), [*changes, "tasks.ledger.demonstrations=7"])
     stream = types.SimpleNamespace(
-        families={"wordmath": None, "ledger": None},
+        names=lambda split: ["wordmath", "ledger"],
         task=lambda split, n: (split, n),
-        family_task=lambda family, split, i: (family, split, i),
+        first=lambda family, split, count: [(family, split, i) for i in range(count)],
     )
     checked = []
     environment = types.SimpleNamespace(check=lambda task, context: checked.append((task, context)))

@@ -19,6 +19,7 @@ from elpo_jax.config import (
 )
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.policy.recipes import elpo, grpo
+from elpo_jax.tasks.rewards import Reward
 from elpo_jax.train.step import OptimizerConfig
 from elpo_jax.trees.grow import SearchConfig
 
@@ -35,6 +36,7 @@ def get_config() -> Config:
         model=ModelConfig(vocab_size=640, d_model=48, layers=2, heads=4, kv_heads=4, head_dim=16, d_ff=64),
         sampler=dataclasses.replace(SamplerConfig(), slots=16, context=256),
         rollout=RolloutConfig(max_turn_tokens=64, interpreter_workers=1, interpreter_packages=()),
+        reward=Reward(kind="open_agentrl"),
         sft=SftConfig(
             mistake_rate=0.05,
             steps=150,

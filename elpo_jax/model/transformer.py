@@ -16,7 +16,7 @@ from elpo_jax.model import attention
 from elpo_jax.model.cache import Cache, LayerCache, cache_length, write
 from elpo_jax.model.config import ModelConfig
 
-Params = dict  # nested, of float32 arrays
+Params = dict  # nested, of arrays in config.param_dtype
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
         )
         if not config.tied:
             _matrix(self, config, "head", (config.d_model, config.vocab_size))
-        angles = attention.rotary_angles(positions, config.head_dim, config.rope_theta)
+        angles = attention.rotary_angles(config, positions)
         if cache is None:
             mask = attention.training_mask(positions, segments)
         else:

@@ -11,9 +11,10 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 from elpo_jax.rollout.sampler import Completion, Request, Sampler
-from elpo_jax.tasks.base import Family, Task
-from elpo_jax.text.chat import ChatFormat
-from elpo_jax.tools.base import State, Status, ToolResult
+from elpo_jax.tasks.base import Family, Grade, Task
+from elpo_jax.tasks.rewards import Reward
+from elpo_jax.text.chat import Chat
+from elpo_jax.tools.base import InfrastructureError, State, Status, ToolResult
 from elpo_jax.tools.sandbox import Sandbox
 from elpo_jax.tools.toolbox import Request as ToolRequest
 from elpo_jax.tools.toolbox import ToolBox
@@ -26,9 +27,10 @@ class Environment:
 
     families: Mapping[str, Family]
     toolboxes: Mapping[str, ToolBox]  # by family: a tool that a task does not offer is unknown to it
-    chat: ChatFormat
+    chat: Chat
     max_turn_tokens: int
     sandbox: Sandbox | None = None  # where the tools run programs; None where none of them does
+    reward: Reward = Reward()
 
     @property
     def isolation(self) -> str:
@@ -46,6 +48,11 @@ class Environment:
             raise ValueError(
                 f"the prompt of {task.id} has {length} tokens and a turn may have {self.max_turn_tokens}, more than "
                 f"sampler.context={context}: raise sampler.context or choose lower difficulties"
+            )
+        if self.reward.overlong_buffer > context - length:
+            raise ValueError(
+                f"reward.overlong_buffer={self.reward.overlong_buffer} is longer than what sampler.context={context} "
+                f"leaves for an attempt at {task.id}, {context - length} tokens: lower it"
             )
 
 
@@ -164,19 +171,39 @@ def _continue(attempt: _Live, environment, sampler, live, finished, step) -> Non
 
 
 def _end(attempt: _Live, finish: Finish, environment, sampler, finished) -> None:
-    """Grades the attempt by its final answer and its last world, and gives its slot back."""
+    """Grades the attempt by its final answer and its last world, and gives its slot back.
+
+    An attempt that a broken grader could not grade is lost: nothing is learnt from it.
+    """
     sampler.release(attempt.ticket)
     task = attempt.start.task
     text = attempt.steps[-1].text if finish is Finish.ANSWER else ""
-    grade = environment.families[task.family].grade(task, text, attempt.state)
+    try:
+        grade = environment.families[task.family].grade(task, text, attempt.state)
+    except InfrastructureError:
+        finished(attempt.start, None)
+        return
     reason = {Finish.MAX_STEPS: "out of tool calls; ", Finish.LENGTH: "cut by a token limit; "}.get(finish, "")
     trajectory = Trajectory(
         attempt.start.prompt,
         tuple(attempt.steps),
         finish,
         grade.success,
-        grade.reward,
+        _reward(environment, sampler, attempt, grade),
         reason + grade.reason,
         grade.answer,
     )
     finished(attempt.start, trajectory)
+
+
+def _reward(environment: Environment, sampler: Sampler, attempt: _Live, grade: Grade) -> float:
+    """What the attempt is trained on, by what it came to and how long it was."""
+    prompt, steps = attempt.start.prompt, tuple(attempt.steps)
+    return environment.reward.shape(
+        grade.success,
+        getattr(grade, "score", None),
+        turns=2 + 2 * sum(step.response is not None for step in steps),
+        response_tokens=sum(map(len, segments(prompt, steps))) - len(prompt),
+        model_tokens=sum(len(step.turn) for step in steps),
+        max_tokens=sampler.context - len(prompt),
+    )

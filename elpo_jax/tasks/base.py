@@ -1,11 +1,11 @@
-"""A task, and the family that generates, demonstrates and grades it.
+"""A task, and the family that makes, demonstrates and grades it.
 
-Families are procedural: a task is a pure function of (seed, split, index, difficulty), so a split is never stored and
-never overlaps another one.
+A task is a pure function of (seed, split, index, difficulty). Most families are procedural and endless, so a split is
+never stored and never overlaps another one; a data set has as many tasks as rows.
 """
 
 import dataclasses
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -66,6 +66,10 @@ class Family(Protocol):
 
     name: str
     tools: tuple[Tool, ...]
+    checker: str  # what decides whether an attempt succeeded, in words
+
+    def size(self, split: Split) -> int | None:
+        """How many different tasks a split has; None for endless."""
 
     def task(self, split: Split, index: int, difficulty: int) -> Task:
         """Task number `index` >= 0 of a split, with `difficulty` in 2..10 steps. Raises ValueError outside."""
@@ -78,6 +82,9 @@ class Family(Protocol):
 
     def demonstrate(self, task: Task, rng: np.random.Generator, mistake_rate: float = 0.0) -> Demonstrator:
         """The reference policy. With `mistake_rate` > 0 it makes mistakes, each repaired before the final answer."""
+
+    def demonstrable(self, split: Split) -> Iterator[int]:
+        """The indices of a split's tasks that can be demonstrated, in order; without end where the tasks have none."""
 
     def first_irrecoverable(self, task: Task, states: Sequence[State | None]) -> int | None:
         """The exact first irrecoverable step of an attempt, for people and tests: nothing that learns may see it.

@@ -80,6 +80,7 @@ class Ledger:
     """
 
     name = "ledger"
+    checker = "goal against the final database"
 
     def __init__(self, seed: int = 0, slack: int = 2, noise: float = 0.0):
         """
@@ -95,6 +96,10 @@ class Ledger:
             raise ValueError(f"seed and slack must not be negative; got seed={seed}, slack={slack}")
         self.seed, self.slack, self.noise = seed, slack, noise
         self.tools = ledger_tools(noise)
+
+    def size(self, split: Split) -> None:
+        """None: endless."""
+        return None
 
     def task(self, split: Split, index: int, difficulty: int) -> Task:
         """Task number `index` of a split; ValueError for an unknown split, index < 0, or difficulty not in 2..10."""
@@ -160,6 +165,10 @@ class Ledger:
             except StopIteration:
                 call = None
         yield "Done."
+
+    def demonstrable(self, split: Split) -> Iterator[int]:
+        """All of them."""
+        return itertools.count()
 
     def first_irrecoverable(self, task: Task, states: Sequence[LedgerState]) -> int:
         """What `ledger_oracle` says; with noise, as if no further call happened to fail."""

@@ -6,8 +6,9 @@ so no prompt, nor one that differs from it in wording only, can occur in two spl
 """
 
 import hashlib
+import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class WordMath:
     """
 
     name = "wordmath"
+    checker = "last \\boxed{} of the final turn, exact number"
 
     def __init__(self, interpreter: Tool, seed: int = 0, slack: int = 2):
         if interpreter.name != "code_interpreter":
@@ -61,6 +63,10 @@ class WordMath:
         self.tools: tuple[Tool, ...] = (interpreter,)
         self._seed = seed
         self._slack = slack
+
+    def size(self, split: Split) -> None:
+        """None: endless."""
+        return None
 
     def task(self, split: Split, index: int, difficulty: int) -> Task:
         """Task number `index` of a split, with `difficulty` operations.
@@ -124,6 +130,10 @@ class WordMath:
                 result = yield turn
             results.append(result.text.strip())
         yield f"The answer is \\boxed{{{results[-1]}}}."
+
+    def demonstrable(self, split: Split) -> Iterator[int]:
+        """All of them."""
+        return itertools.count()
 
     def first_irrecoverable(self, task: Task, states: Sequence[State | None]) -> None:
         """None: what a wrong result has spoiled is in the attempt's text, not in a world."""

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -43,6 +43,35 @@ class Message:
 
     role: Role
     content: str | np.ndarray
+
+
+class Chat(Protocol):
+    """How conversations are written as ids: `ChatFormat`, or `elpo_jax.text.template_chat.TemplateChat`.
+
+    Attributes:
+      tokenizer: Makes the ids.
+    """
+
+    tokenizer: Tokenizer
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a turn, first the one that `turn` writes."""
+
+    def prompt(self, user: str, tools: Sequence[Tool]) -> np.ndarray:
+        """Ids, int32 [n], up to where the model's first turn begins."""
+
+    def turn(self, text: str) -> np.ndarray:
+        """Ids, int32 [n], of an assistant turn written as text, with the end-of-turn id."""
+
+    def response(self, result: ToolResult) -> np.ndarray:
+        """Ids, int32 [n], of all that follows a turn's end-of-turn id, up to where the next turn begins."""
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool]) -> np.ndarray:
+        """Ids, int32 [n], of a whole conversation."""
+
+    def parse(self, turn_ids: Sequence[int] | np.ndarray) -> Turn:
+        """The turn as text, and the call or the error in it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,17 +193,21 @@ class ChatFormat:
         return ids if self._control.isdisjoint(ids) else [i for i in ids if i not in self._control]
 
 
-def check_control(tokenizer: Tokenizer) -> None:
+def check_control(tokenizer: Tokenizer, needed: Sequence[str] = CONTROL) -> None:
     """Makes sure that text cannot become a control token, as far as trying shows.
 
     Tried are the control strings: alone, in company, within each other, put together from two texts, and in spellings
     that normalisation turns into them. A tokenizer with more special tokens than `CONTROL` names them in `control`.
 
+    Args:
+      tokenizer: What is tried.
+      needed: Control tokens that it must have.
+
     Raises:
       ValueError: If a control token has no id of its own, or text is encoded to such an id.
     """
-    ids = [tokenizer.control.get(text, -1) for text in CONTROL]
-    if len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= tokenizer.vocab_size:
+    ids = [tokenizer.control.get(text, -1) for text in needed]
+    if len(set(ids)) < len(ids) or not all(0 <= i < tokenizer.vocab_size for i in ids):
         raise ValueError(f"each control token of the tokenizer {tokenizer.name} needs an id: {dict(tokenizer.control)}")
     control = {i: text for text, i in tokenizer.control.items()}
     for text in _spellings(tuple(control.values())):

@@ -1,14 +1,16 @@
 """Reads the tool call out of a model's turn, and writes one the same way.
 
 A call is a JSON object between the control ids of `<tool_call>` and `</tool_call>`; the same characters spelled out as
-text open nothing. A turn without either id is a final answer. Whatever else is wrong with a call becomes a typed error,
-with a text for the model, in linear time and without ever raising.
+text open nothing, except with a tokenizer that has no such ids. A turn without either is a final answer. Llama models
+write the object alone. Whatever else is wrong with a call becomes a typed error, with a text for the model, in linear
+time and without ever raising.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -33,6 +35,15 @@ ERRORS = {
     "missing_arguments": 'Error: the tool call has no "arguments".',
     "bad_arguments": 'Error: the "arguments" of the tool call are not a JSON object.',
 }
+
+# The same for calls whose arguments are called "parameters".
+LLAMA_ERRORS = {kind: text.replace('"arguments"', '"parameters"') for kind, text in ERRORS.items()}
+PYTHON_TAG = "<|python_tag|>"
+
+_TAGS = re.compile(f"{re.escape(CALL_OPEN)}|{re.escape(CALL_CLOSE)}")
+# What only a call begins with: other objects, and sets in mathematics, are answers.
+_LLAMA_CALL = re.compile(r"""\{\s*(?:["'](?:name|parameters|type|function)["']|(?:name|parameters)\s*:)""")
+_NEXT_LLAMA_CALL = re.compile(r"""\}[\s;,]*\{\s*["'](?:name|type)["']""")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,28 +72,72 @@ def call_text(name: str, arguments: Mapping[str, Any]) -> str:
     return f"{CALL_OPEN}\n{body}\n{CALL_CLOSE}"
 
 
-def parse_turn(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> Turn:
+def llama_call_text(name: str, arguments: Mapping[str, Any]) -> str:
+    """A call as a Llama model writes it.
+
+    Raises:
+      ValueError: If the arguments have no JSON form (NaN, infinity).
+    """
+    return json.dumps({"name": name, "parameters": dict(arguments)}, ensure_ascii=False, allow_nan=False)
+
+
+def parse_turn(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, stop_ids: Collection[int] | None = None) -> Turn:
     """Reads one assistant turn.
 
     Exactly one `<tool_call>` followed by exactly one `</tool_call>` is a call, with any text before and after it.
 
     Args:
-      tokenizer: Whose ids these are.
+      tokenizer: Whose ids these are. Where it has no ids for the tags, they are looked for in the text.
       ids: The turn's ids, with or without the end-of-turn id; any integers are fine.
+      stop_ids: Ids that end a turn; by default that of `<|im_end|>`.
     """
-    listed = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-    if listed and listed[-1] == tokenizer.control[IM_END]:
-        listed.pop()
+    listed = _without_end(ids, (tokenizer.control[IM_END],) if stop_ids is None else stop_ids)
     text = tokenizer.decode(listed)
-    opens, closes = tokenizer.control[CALL_OPEN], tokenizer.control[CALL_CLOSE]
-    tags = [i for i, token in enumerate(listed) if token in (opens, closes)]
+    if CALL_OPEN in tokenizer.control and CALL_CLOSE in tokenizer.control:
+        opens, closes = tokenizer.control[CALL_OPEN], tokenizer.control[CALL_CLOSE]
+        tags = [(token == opens, i, i + 1) for i, token in enumerate(listed) if token in (opens, closes)]
+    else:
+        tags = [(tag[0] == CALL_OPEN, tag.start(), tag.end()) for tag in _TAGS.finditer(text)]
+        listed = text
     if not tags:
         return Turn(text)
     try:
-        start, stop = _span([listed[i] == opens for i in tags], tags)
-        return Turn(text, call=_parse_body(tokenizer.decode(listed[start:stop])))
+        body = listed[_span(tags)]
+        return Turn(text, call=_parse_body(body if isinstance(body, str) else tokenizer.decode(body)))
     except _Malformed as malformed:
         return Turn(text, error=ToolResult(Status.MALFORMED, ERRORS[malformed.kind], malformed.kind))
+
+
+def parse_llama_turn(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, stop_ids: Collection[int]) -> Turn:
+    """Reads one assistant turn of a Llama model.
+
+    A turn that is one JSON object with "name" and "parameters" is a call. One that begins like such an object, or with
+    `<|python_tag|>`, and is none, is a malformed call; any other turn is a final answer.
+
+    Args:
+      tokenizer: Whose ids these are.
+      ids: The turn's ids, with or without the end-of-turn id; any integers are fine.
+      stop_ids: Ids that end a turn.
+    """
+    listed = _without_end(ids, stop_ids)
+    text = tokenizer.decode(listed)
+    tag = tokenizer.control.get(PYTHON_TAG)
+    tagged = tag is not None and listed[:1] == [tag]
+    body = (tokenizer.decode(listed[1:]) if tagged else text).strip()
+    if not tagged and not _LLAMA_CALL.match(body):
+        return Turn(text)
+    try:
+        return Turn(text, call=_parse_body(body, "parameters"))
+    except _Malformed as malformed:
+        kind = malformed.kind
+        if kind == "malformed_json" and _NEXT_LLAMA_CALL.search(body):
+            kind = "several_calls"
+        return Turn(text, error=ToolResult(Status.MALFORMED, LLAMA_ERRORS[kind], kind))
+
+
+def _without_end(ids: Sequence[int] | np.ndarray, stop_ids: Collection[int]) -> list[int]:
+    listed = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+    return listed[:-1] if listed and listed[-1] in stop_ids else listed
 
 
 class _Malformed(Exception):
@@ -91,25 +146,26 @@ class _Malformed(Exception):
         self.kind = kind
 
 
-def _span(is_open: list[bool], tags: list[int]) -> tuple[int, int]:
-    """Where the body of the only call begins and ends."""
+def _span(tags: list[tuple[bool, int, int]]) -> slice:
+    """Where the body of the only call stands; of each tag is given whether it opens, its start and its end."""
+    is_open = [opens for opens, _, _ in tags]
     if is_open == [True, False]:
-        return tags[0] + 1, tags[1]
+        return slice(tags[0][2], tags[1][1])
     if sum(is_open) > 1:
         raise _Malformed("several_calls")
     raise _Malformed("unclosed" if is_open[-1] else "unopened")
 
 
-def _parse_body(body: str) -> ToolCall:
+def _parse_body(body: str, arguments_key: str = "arguments") -> ToolCall:
     if len(body) > MAX_CALL_CHARS:
         raise _Malformed("too_large")
     call = _load_json(body)
     if not isinstance(call, dict):
         raise _Malformed("not_object")
-    name, arguments = call.get("name"), call.get("arguments")
+    name, arguments = call.get("name"), call.get(arguments_key)
     if not isinstance(name, str) or not name:
         raise _Malformed("missing_name")
-    if "arguments" not in call:
+    if arguments_key not in call:
         raise _Malformed("missing_arguments")
     if not isinstance(arguments, dict):
         raise _Malformed("bad_arguments")

@@ -22,8 +22,8 @@ RESPONSE_OPEN, RESPONSE_CLOSE = "<tool_response>", "</tool_response>"
 CONTROL = (PAD, IM_START, IM_END, CALL_OPEN, CALL_CLOSE, RESPONSE_OPEN, RESPONSE_CLOSE)
 
 _CONTROL_PATTERN = re.compile("|".join(map(re.escape, CONTROL)))
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
-_SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this character
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this character
 _TRAINING_CHARS = 4096  # longer texts are cut for training; the trainer keeps 16-bit positions
 _REMEDY = "delete it and start the run again with --resume, which makes it anew, or make one with train_sentencepiece"
 _COPIED_OR_NOT = re.compile(r"[A-Z][a-z]*|\d|[^A-Z\d]+")
@@ -33,9 +33,9 @@ class Tokenizer(Protocol):
     """What turns text into ids.
 
     Attributes:
-      name: "byte" or "sentencepiece".
+      name: What kind of tokenizer it is, in a word.
       vocab_size: Number of ids; every id is below it.
-      control: Ids of the control strings (`CONTROL`).
+      control: Ids of the control strings: those of `CONTROL` in our own, whichever it has in a published one.
       fingerprint: Hash of everything that decides the ids; equal fingerprints encode equally.
     """
 
@@ -82,7 +82,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike, vocab_siz
 
 def _training_sentences(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        for run in _CONTROL_PATTERN.split(_without_surrogates(text)):
+        for run in without_control(text):
             for start in range(0, len(run), _TRAINING_CHARS):
                 for sentence in _COPIED_OR_NOT.findall(run[start : start + _TRAINING_CHARS]):
                     # The trainer strips newlines off the end of a sentence. A digit is never part of a longer piece.
@@ -148,7 +148,7 @@ class ByteTokenizer:
         return list(text.encode("utf-8", "replace"))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return _join(self._table, ids)
+        return join_bytes(self._table, ids)
 
 
 class SentencePieceTokenizer:
@@ -175,36 +175,36 @@ class SentencePieceTokenizer:
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
         ids = {piece: i for i, piece in enumerate(pieces)}
         self.control: Mapping[str, int] = MappingProxyType({text: ids.get(text, -1) for text in CONTROL})
-        self._space_symbol = [ids.get(f"<0x{byte:02X}>", -1) for byte in _SPACE_SYMBOL.encode()]
+        self._space_symbol = [ids.get(f"<0x{byte:02X}>", -1) for byte in SPACE_SYMBOL.encode()]
         self._table = tuple(self._bytes(i, piece) for i, piece in enumerate(pieces))
         self._check(path)
 
     def encode(self, text: str) -> list[int]:
-        text = _without_surrogates(text)
-        if _SPACE_SYMBOL not in text:
+        text = without_surrogates(text)
+        if SPACE_SYMBOL not in text:
             return self._processor.encode(text)
         # SentencePiece would read this character as a space; its bytes say what it is.
         ids: list[int] = []
-        for i, run in enumerate(text.split(_SPACE_SYMBOL)):
+        for i, run in enumerate(text.split(SPACE_SYMBOL)):
             ids += self._space_symbol * (i > 0) + self._processor.encode(run)
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return _join(self._table, ids)
+        return join_bytes(self._table, ids)
 
     def _bytes(self, i: int, piece: str) -> bytes:
         """What piece `i` stands for. Kept here because SentencePiece drops control pieces and rewrites whitespace."""
         if self._processor.is_unknown(i):
-            return _REPLACEMENT
+            return REPLACEMENT
         if self._processor.is_byte(i):
             return bytes([int(piece[3:5], 16)])
-        return piece.encode() if self._processor.is_control(i) else piece.replace(_SPACE_SYMBOL, " ").encode()
+        return piece.encode() if self._processor.is_control(i) else piece.replace(SPACE_SYMBOL, " ").encode()
 
     def _check(self, path: pathlib.Path) -> None:
         missing = [text for text, i in self.control.items() if i < 0 or not self._processor.is_control(i)]
         if missing:
             raise ValueError(f"the tokenizer model {path} has no control token {missing[0]}: {_REMEDY}")
-        probe = f" \tA\r\n\n  \ufb01{_SPACE_SYMBOL} é\x01 "
+        probe = f" \tA\r\n\n  \ufb01{SPACE_SYMBOL} é\x01 "
         ids = self.encode(probe)
         if self.decode(ids) != probe or any(self._processor.is_unknown(i) for i in ids):
             raise ValueError(f"the tokenizer model {path} does not keep text as it is, byte for byte: {_REMEDY}")
@@ -221,11 +221,18 @@ def _load(data: bytes, path: pathlib.Path) -> sentencepiece.SentencePieceProcess
     return processor
 
 
-def _join(table: Sequence[bytes], ids: Sequence[int] | np.ndarray) -> str:
+def join_bytes(table: Sequence[bytes], ids: Sequence[int] | np.ndarray) -> str:
+    """The text of `ids` by a table of what each stands for; what is not in it or is not UTF-8 becomes U+FFFD."""
     size = len(table)
     listed = ids.tolist() if isinstance(ids, np.ndarray) else ids
-    return b"".join([table[i] if 0 <= i < size else _REPLACEMENT for i in listed]).decode("utf-8", "replace")
+    return b"".join([table[i] if 0 <= i < size else REPLACEMENT for i in listed]).decode("utf-8", "replace")
 
 
-def _without_surrogates(text: str) -> str:
+def without_control(text: str) -> list[str]:
+    """The non-empty texts that are left when the control strings are cut out."""
+    return [run for run in _CONTROL_PATTERN.split(without_surrogates(text)) if run]
+
+
+def without_surrogates(text: str) -> str:
+    """The text with "?" for each lone surrogate, which no file and no tokenizer takes."""
     return text.encode("utf-8", "replace").decode()

@@ -100,30 +100,25 @@ class Protocol:
     """How an accuracy was measured; printed beside it."""
 
     split: str
-    tasks_per_family: int
+    families: Mapping[str, str]  # how many tasks of each, and of what kind
     k: int
     temperature: float
     seed: int
-    difficulties: Mapping[str, tuple[int, ...]]  # by family, like slack
-    slack: Mapping[str, int]
-    noise: float  # of the ledger's tools
     max_turn_tokens: int
     context: int
     isolation: str  # of model-written programs
-    checker: str = "wordmath: last \\boxed{} of the final turn, exact number; ledger: goal against the final database"
+    checkers: Mapping[str, str]  # by family: what decides whether an attempt succeeded
     majority_ties: str = "first answer given; empty answers do not vote"
     interval: str = "95 % percentile bootstrap over tasks"
 
     def line(self) -> str:
+        families, checkers = (
+            "; ".join(f"{family}: {text}" for family, text in of.items()) for of in (self.families, self.checkers)
+        )
         return (
-            f"{self.split} split, {self.tasks_per_family} tasks per family ("
-            + "; ".join(
-                f"{family}: {', '.join(map(str, steps))} steps and {self.slack[family]} calls of slack"
-                for family, steps in self.difficulties.items()
-            )
-            + f"), k={self.k}, temperature {self.temperature:g}, seed {self.seed}, noise {self.noise:g}, "
+            f"{self.split} split ({families}), k={self.k}, temperature {self.temperature:g}, seed {self.seed}, "
             f"turn <= {self.max_turn_tokens} tokens, context {self.context}; isolation of "
-            f"programs: {self.isolation.replace('unsafe', 'NONE (unsafe)')}; checker: {self.checker}; "
+            f"programs: {self.isolation.replace('unsafe', 'NONE (unsafe)')}; checker: {checkers}; "
             f"maj@k ties: {self.majority_ties}; {self.interval}"
         )
 

@@ -230,12 +230,14 @@ def rollout_metrics(trees: Sequence[RolloutTree], credits: Sequence[Credit]) -> 
 
 
 def dump(path, step: int, recipe: Recipe, trees, credits, environment: Environment) -> None:
-    """Writes the batch's trees, one JSON line each, atomically."""
+    """Writes the batch's trees, one JSON line each, atomically; not those of tasks whose text must not be shown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     decode = environment.chat.tokenizer.decode
     with partial.open("w", encoding="utf-8") as file:
         for tree, credit in zip(trees, credits, strict=True):
+            if tree.task.meta.get("private"):
+                continue
             family = environment.families[tree.task.family]
             line = tree_to_json(tree, decode_token=lambda i: decode([i]), credit=credit, family=family)
             file.write(json.dumps({**line, "rl_step": step, "recipe": recipe.name}) + "\n")

@@ -5,20 +5,28 @@ import dataclasses
 import fcntl
 import itertools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from elpo_jax.config import Config, ConfigError, differences, to_json
+from elpo_jax.config import Config, ConfigError, DatasetConfig, differences, to_json
 from elpo_jax.policy.batch import Batch, demonstration_example, pack
 from elpo_jax.report.log import read_json, write_json
 from elpo_jax.rollout.agent import Environment
-from elpo_jax.tasks.base import Family
+from elpo_jax.tasks.base import Family, Grade, Split
+from elpo_jax.tasks.dataset import DatasetFamily
+from elpo_jax.tasks.graders import Graders
 from elpo_jax.tasks.ledger import Ledger
+from elpo_jax.tasks.rows import Conversation, Row
+from elpo_jax.tasks.store import open_splits
 from elpo_jax.tasks.stream import TaskStream
 from elpo_jax.tasks.wordmath import WordMath
-from elpo_jax.text.chat import ChatFormat
+from elpo_jax.text.chat import Chat, ChatFormat
+from elpo_jax.text.hub_tokenizer import HubTokenizer, load_tokenizer, train_bpe
+from elpo_jax.text.template_chat import load_chat
 from elpo_jax.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from elpo_jax.tools.calculator import Calculator
 from elpo_jax.tools.interpreter import CodeInterpreter
 from elpo_jax.tools.sandbox import Limits, Sandbox
 from elpo_jax.tools.toolbox import ToolBox
@@ -27,7 +35,8 @@ from elpo_jax.trees.trajectory import Trajectory
 
 # What a process can leave in a folder that it has not claimed, and what a run has in it before its first stage.
 LEFTOVERS = {".lock", ".config-json-partial", "compile_cache"}
-BEFORE_STAGES = LEFTOVERS | {"config.json", "tokenizer.model"}
+TOKENIZERS = {"sentencepiece": "tokenizer.model", "bpe": "tokenizer.json"}
+BEFORE_STAGES = LEFTOVERS | {"config.json", *TOKENIZERS.values()}
 
 
 @contextlib.contextmanager
@@ -83,7 +92,8 @@ def open_workdir(workdir: pathlib.Path, config: Config, resume: bool) -> Iterato
             yield
         except Exception:
             if new and _names(workdir) <= BEFORE_STAGES:
-                (workdir / "tokenizer.model").unlink(missing_ok=True)
+                for file in TOKENIZERS.values():
+                    (workdir / file).unlink(missing_ok=True)
                 recorded.unlink()
             raise
 
@@ -103,29 +113,49 @@ def open_tools(config: Config) -> Iterator[tuple[TaskStream, dict[str, ToolBox],
       SandboxUnavailable: If a family needs a sandbox and none works here.
     """
     rollout, words, ledger = config.rollout, config.tasks.wordmath, config.tasks.ledger
-    sandbox = None
+    chosen = {name: config.tasks.of(name) for name in config.tasks.families}
+    datasets = {
+        name: open_splits(numbers.path, lone="test" if numbers.use == "test" else "train")
+        for name, numbers in chosen.items()
+        if isinstance(numbers, DatasetConfig)
+    }
     families: dict[str, Family] = {}
     with contextlib.ExitStack() as stack:
-        for name in config.tasks.families:
+        sandbox = interpreter = None
+        if any(name == "wordmath" or _runs_programs(chosen[name], datasets.get(name, {})) for name in chosen):
+            limits = Limits(cpu_s=rollout.interpreter_seconds, memory_mb=rollout.interpreter_memory_mb)
+            sandbox = stack.enter_context(
+                Sandbox(
+                    rollout.interpreter_workers,
+                    limits,
+                    backend=rollout.sandbox,
+                    packages=rollout.interpreter_packages,
+                )
+            )
+            interpreter = CodeInterpreter(
+                sandbox, traceback=rollout.interpreter_traceback, reference=rollout.interpreter_reference
+            )
+        for name, numbers in chosen.items():
             if name == "wordmath":
-                limits = Limits(cpu_s=rollout.interpreter_seconds, memory_mb=rollout.interpreter_memory_mb)
-                sandbox = stack.enter_context(
-                    Sandbox(
-                        rollout.interpreter_workers,
-                        limits,
-                        backend=rollout.sandbox,
-                        packages=rollout.interpreter_packages,
-                    )
-                )
-                interpreter = CodeInterpreter(
-                    sandbox, traceback=rollout.interpreter_traceback, reference=rollout.interpreter_reference
-                )
                 families[name] = WordMath(interpreter, seed=config.seed, slack=words.slack)
             elif name == "ledger":
                 families[name] = Ledger(seed=config.seed, slack=ledger.slack, noise=ledger.noise)
             else:
-                raise ConfigError(f"unknown family {name!r} in tasks.families: there are wordmath, ledger")
-        difficulties = {name: getattr(config.tasks, name).difficulties for name in families}
+                tool = Calculator() if numbers.tool == "calculator" else interpreter
+                grade, checker = _grader(numbers, datasets[name], sandbox, stack)
+                families[name] = DatasetFamily(
+                    name,
+                    datasets[name],
+                    tool,
+                    grade,
+                    checker=checker,
+                    max_calls=numbers.max_calls,
+                    validation=numbers.validation,
+                    use=numbers.use,
+                    seed=config.seed,
+                    plain=numbers.plain,
+                )
+        difficulties = {name: numbers.difficulties for name, numbers in chosen.items()}
         toolboxes = {
             name: stack.enter_context(ToolBox(family.tools, workers=rollout.interpreter_workers))
             for name, family in families.items()
@@ -133,25 +163,64 @@ def open_tools(config: Config) -> Iterator[tuple[TaskStream, dict[str, ToolBox],
         yield TaskStream(families, difficulties, config.seed), toolboxes, sandbox
 
 
+Splits = Mapping[Split, Sequence[Row | Conversation]]
+
+
+def _graders_of(splits: Splits) -> set[str]:
+    """The graders that the rows need, by the first of each split: a data set has one kind of answer."""
+    return {rows[0].grader for rows in splits.values() if len(rows) and isinstance(rows[0], Row)}
+
+
+def _runs_programs(numbers, splits: Splits) -> bool:
+    """Whether a data set's attempts or answers are programs."""
+    return isinstance(numbers, DatasetConfig) and (
+        numbers.tool == "code_interpreter" or "program" in _graders_of(splits)
+    )
+
+
+def _grader(numbers: DatasetConfig, splits: Splits, sandbox: Sandbox | None, stack: contextlib.ExitStack):
+    """What grades a data set's final turns, and the same in words.
+
+    Raises:
+      ConfigError: If what its answers need is not installed.
+    """
+    strict = numbers.checker == "strict_box"
+    kinds = sorted({"strict_box" if strict and kind == "math" else kind for kind in _graders_of(splits)})
+    symbolic = numbers.checker == "default" and "math" in kinds
+    try:
+        graders = stack.enter_context(Graders(symbolic=symbolic, sandbox=sandbox, all_tests=numbers.partial_credit))
+    except ImportError as error:
+        raise ConfigError(f"data set {numbers.name}: {error}, here tasks.datasets.N.checker=exact") from None
+
+    def grade(kind: str, text: str, reference: str, meta: Mapping) -> Grade:
+        return graders.grade("strict_box" if strict and kind == "math" else kind, text, reference, meta)
+
+    return grade, "; ".join(map(graders.checker, kinds))
+
+
 def build_tokenizer(
     config: Config, workdir: pathlib.Path, stream: TaskStream, toolboxes: dict[str, ToolBox]
 ) -> Tokenizer:
-    """The run's tokenizer; a sentencepiece model is trained on demonstrations once and kept in the run folder."""
-    if config.tokenizer.kind == "byte":
+    """The run's tokenizer; one that is trained learns from demonstrations once and is kept in the run folder."""
+    kind, source = config.tokenizer.kind, config.tokenizer.source or config.model.source
+    if kind == "byte":
         tokenizer = ByteTokenizer()
+    elif kind == "checkpoint":
+        tokenizer = _loaded(load_tokenizer, source)
     else:
-        path = workdir / "tokenizer.model"
+        path = workdir / TOKENIZERS[kind]
         if not path.exists():
             # Demonstrations are written as bytes first: their text is what the pieces are learned from.
             chat = ChatFormat(ByteTokenizer(), tool_listing=config.tasks.chat_tools)
-            count = dict.fromkeys(config.tasks.families, config.tokenizer.texts)
+            count = {name: config.tokenizer.texts for name, n in config.demonstrations.items() if n}
             texts = [
                 t
                 for trajectory in _demonstrate(config, chat, stream, toolboxes, count)
                 for t in _texts(chat, trajectory)
             ]
-            train_sentencepiece(texts, path, config.tokenizer.vocab_size)
-        tokenizer = SentencePieceTokenizer(path)
+            train = train_sentencepiece if kind == "sentencepiece" else train_bpe
+            train(texts, path, config.tokenizer.vocab_size)
+        tokenizer = SentencePieceTokenizer(path) if kind == "sentencepiece" else HubTokenizer(path)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size={config.model.vocab_size}: "
@@ -171,8 +240,20 @@ def build_environment(
     for tool in (tool for family in stream.families.values() for tool in family.tools):
         if isinstance(tool, CodeInterpreter):
             tool.limit_tokens(tokenizer, config.rollout.interpreter_tokens)
-    chat = ChatFormat(tokenizer, tool_listing=config.tasks.chat_tools)
-    return Environment(stream.families, toolboxes, chat, config.rollout.max_turn_tokens, sandbox)
+    if config.tokenizer.kind == "checkpoint":
+        source = config.tokenizer.source or config.model.source
+        chat: Chat = _loaded(lambda folder: load_chat(folder, tokenizer), source)
+    else:
+        chat = ChatFormat(tokenizer, tool_listing=config.tasks.chat_tools)
+    return Environment(stream.families, toolboxes, chat, config.rollout.max_turn_tokens, sandbox, config.reward)
+
+
+def _loaded(load: Callable[[str], Any], folder: str) -> Any:
+    """What a published folder holds; a missing file is the config's fault."""
+    try:
+        return load(folder)
+    except FileNotFoundError as error:
+        raise ConfigError(f"tokenizer.kind=checkpoint: {error}") from error
 
 
 def check_prompts(config: Config, environment: Environment, stream: TaskStream) -> None:
@@ -186,7 +267,7 @@ def check_prompts(config: Config, environment: Environment, stream: TaskStream) 
     held_out = {"validation": max(during_rl, config.eval.validation_tasks), "test": config.eval.tasks}
     tasks = itertools.chain(
         (stream.task("train", n) for n in range(first, first + config.rl.steps * config.rl.prompts)),
-        (stream.family_task(f, split, i) for split, n in held_out.items() for f in stream.families for i in range(n)),
+        (task for split, n in held_out.items() for f in stream.names(split) for task in stream.first(f, split, n)),
     )
     for task in tasks:
         environment.check(task, config.sampler.context)
@@ -202,7 +283,9 @@ def demonstration_rows(config: Config, environment: Environment, stream: TaskStr
     """
     kept, failed, long = [], 0, 0
     for family, count in config.demonstrations.items():
-        played = _demonstrate(config, environment.chat, stream, environment.toolboxes, {family: count})
+        if not count:
+            continue
+        played = list(_demonstrate(config, environment.chat, stream, environment.toolboxes, {family: count}))
         solved = [t for t in played if t.success]
         fitting = [t for t in solved if len(t.ids()) <= config.sampler.context]
         if not fitting:
@@ -213,7 +296,7 @@ def demonstration_rows(config: Config, environment: Environment, stream: TaskStr
                 else f"all {count} failed: lower tasks.ledger.noise or raise sft.slack"
             )
             raise ConfigError(f"there is no demonstration of {family} to learn from, for {why}")
-        kept, failed, long = kept + fitting, failed + count - len(solved), long + len(solved) - len(fitting)
+        kept, failed, long = kept + fitting, failed + len(played) - len(solved), long + len(solved) - len(fitting)
     order = np.random.default_rng(config.seed).permutation(len(kept))
     return pack([demonstration_example(kept[i]) for i in order], config.sampler.context), failed, long
 
@@ -223,8 +306,10 @@ def _demonstrate(
 ) -> Iterator[Trajectory]:
     rate = config.sft.mistake_rate
     for family, n in count.items():
-        tasks = (stream.family_task(family, "train", i) for i in range(n))
-        tasks = [dataclasses.replace(task, max_steps=task.difficulty + config.sft.slack) for task in tasks]
+        indices = itertools.islice(stream.families[family].demonstrable("train"), n)
+        tasks = [stream.family_task(family, "train", i) for i in indices]
+        if not isinstance(config.tasks.of(family), DatasetConfig):
+            tasks = [dataclasses.replace(task, max_steps=task.difficulty + config.sft.slack) for task in tasks]
         yield from demonstrations(stream.families, tasks, toolboxes[family], chat, seed=config.seed, mistake_rate=rate)
 
 

@@ -1,0 +1,250 @@
+"""Bytes and operations of an experiment, counted by hand from its config: nothing is compiled, nothing allocated.
+
+What lies on a device permanently (parameters, moments, the sampler's parameters and its cache) is exact, by the
+placement tables that the run uses. Working memory and memory traffic are estimates of what XLA makes of the model as it
+is written, with attention scores that are kept whole. Letters as in policy/batch.py.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+from elpo_jax.config import Config
+from elpo_jax.model.cache import new_cache
+from elpo_jax.model.config import ModelConfig
+from elpo_jax.model.transformer import init
+from elpo_jax.rollout.decode import cache_sharding, row_axes
+from elpo_jax.train.mesh import AXES, row_parts, shardings
+from elpo_jax.train.state import TrainState
+from elpo_jax.train.step import Optimizer, make_optimizer
+
+# Passes over the attention scores of a layer in one update: 4 forward, 4 again with remat, 6 backward.
+_FORWARD_PASSES, _BACKWARD_PASSES = 4, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """What one batch of RL amounts to; how long attempts become is the reader's guess.
+
+    Attributes:
+      attempts: Attempts of a batch.
+      tokens: Mean tokens of one, prompt and tool answers included.
+      sampled: Share of them that the model samples.
+    """
+
+    attempts: int
+    tokens: int
+    sampled: float
+
+    @property
+    def decoded(self) -> float:
+        """Tokens that are sampled for a batch."""
+        return self.attempts * self.tokens * self.sampled
+
+    @property
+    def prefilled(self) -> float:
+        """Tokens of prompts and tools."""
+        return self.attempts * self.tokens * (1 - self.sampled)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One call of a compiled function, on one device.
+
+    Attributes:
+      flops: Of matrix products.
+      traffic: Bytes to and from HBM.
+      working: Bytes of its temporary arrays.
+    """
+
+    flops: float
+    traffic: float
+    working: float
+
+
+def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
+    """A mesh (data, fsdp, tensor) without devices."""
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def rl_optimizer(config: Config) -> Optimizer:
+    """The optimizer that a run would train with."""
+    return make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.updates * config.rl.epochs)
+
+
+def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> TrainState:
+    """The train state as shapes, each with its place on the mesh."""
+    optimizer = rl_optimizer(config)
+
+    def build(key):
+        params, zero = init(config.model, key), jnp.zeros((), jnp.int32)
+        return TrainState(params, optimizer.init(params), zero, key, zero)
+
+    state = jax.eval_shape(build, jax.random.key(0))
+    return jax.tree.map(_placed, state, shardings(mesh, state))
+
+
+def sampler_params(config: Config, mesh: Mesh | AbstractMesh):
+    """The parameters where `rollout.decode.place_params` puts them: whole in every shard of the rows."""
+    rows = row_axes(mesh)
+
+    def keep(axes):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return tuple(name for name in names if name not in rows) or None
+
+    def place(x):
+        spec = jax.sharding.PartitionSpec(*map(keep, x.sharding.spec))
+        return _placed(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, abstract_state(config, mesh).params)
+
+
+def sampler_cache(config: Config, mesh: Mesh | AbstractMesh):
+    """The sampler's cache as shapes."""
+    cache = jax.eval_shape(lambda: new_cache(config.model, config.sampler.slots, config.sampler.context))
+    return jax.tree.map(lambda x: _placed(x, cache_sharding(config.model, mesh)), cache)
+
+
+def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def bytes_per_device(tree) -> int:
+    """Bytes of a tree of placed shapes on one device."""
+    plain = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in plain)
+
+
+def resident(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Bytes that lie on a device for the whole of RL.
+
+    The sampler's parameters are the train state's where the mesh splits the parameters over no rows; else they are a
+    copy, whole in every shard of the rows.
+    """
+    state = abstract_state(config, mesh)
+    return {
+        "parameters": bytes_per_device(state.params),
+        "optimizer": bytes_per_device(state.opt_state),
+        "sampler's parameters": bytes_per_device(sampler_params(config, mesh)) if mesh.shape["fsdp"] > 1 else 0,
+        "KV cache": bytes_per_device(sampler_cache(config, mesh)),
+    }
+
+
+def micro_batches(config: Config, volume: Volume) -> int:
+    """Micro-batches of an optimizer step; rows are taken to be full, and the run rounds up (policy/batch.py, stack)."""
+    rows = volume.attempts / config.rl.updates * volume.tokens / config.sampler.context
+    return max(1, math.ceil(rows / config.rl.micro_rows))
+
+
+def layer_weights(model: ModelConfig) -> int:
+    """Entries of the matrices of one layer."""
+    return 2 * model.d_model * (model.heads + model.kv_heads) * model.head_dim + 3 * model.d_model * model.d_ff
+
+
+def causal_area(tokens: int) -> int:
+    """Pairs of query and key that `model.attention.attend_causal` computes: whole blocks up to the diagonal."""
+    block = max(64, -(-tokens // 8))
+    return sum((min(start + block, tokens) - start) * min(start + block, tokens) for start in range(0, tokens, block))
+
+
+def update(config: Config, mesh: Mesh | AbstractMesh, micro: int) -> Phase:
+    """One optimizer step of `micro` micro-batches."""
+    model, tokens = config.model, config.sampler.context
+    split = _split(model, mesh)
+    rows = -(-config.rl.micro_rows // row_parts(mesh))
+    weights, area, element = layer_weights(model), causal_area(tokens), jnp.dtype(model.dtype).itemsize
+    passes = 3 + model.remat
+    # With remat all is computed again but the last product, whose result nobody needs.
+    per_token = model.layers * 2 * (passes * weights - model.remat * model.d_model * model.d_ff)
+    scores = 4 * model.heads * model.head_dim * area * passes * model.layers
+    chunk, columns = _chunks(tokens)
+    # Logits are computed again too, unless they come in one piece, where XLA sees that it has them.
+    head = (4 if columns > chunk else 3) * 2 * model.d_model * model.vocab_size * columns
+    flops = micro * rows * (tokens * per_token + head + scores) / split.tensor
+
+    local = bytes_per_device(abstract_state(config, mesh).params)
+    kept = rows * model.heads / split.heads * area  # scores of a layer
+    wide = rows * tokens * (6 * model.d_model + (4 * model.d_ff + 3 * _attention_width(model)) / split.tensor)
+    score_passes = _FORWARD_PASSES * (1 + model.remat) + _BACKWARD_PASSES
+    layer_traffic = kept * score_passes * 4 + (wide * element + weights / split.tensor * element) * passes
+    traffic = micro * model.layers * layer_traffic + 9 * local  # gradients, parameters and both moments
+
+    # What a layer keeps for its backward pass: weights of the attention before and after the cast, and activations.
+    layer = kept * (4 + (element if element < 4 else 0)) + wide * element
+    block = rows * model.heads / split.heads * max(64, -(-tokens // 8)) * tokens * 4
+    saved = model.layers * rows * tokens * model.d_model * element + layer if model.remat else model.layers * layer
+    logits = rows * chunk * model.vocab_size / split.tensor * 4
+    matrices = weights / split.tensor * (element + 4)  # one layer gathered, and its gradient before it is scattered
+    working = saved + 3 * block + rows * tokens**2 + 3 * logits + matrices + 2 * local
+    return Phase(flops, traffic, working)
+
+
+def decode(config: Config, mesh: Mesh | AbstractMesh) -> Phase:
+    """One token for every slot, of a burst; as written, a query reads the whole cache of its slot.
+
+    A burst begins with a copy of the layers' matrices in the compute dtype, if they are kept in another one.
+    """
+    model, sampler = config.model, config.sampler
+    split = _split(model, mesh)
+    slots = sampler.slots / row_parts(mesh)
+    layers, head = model.layers * layer_weights(model), model.d_model * model.vocab_size
+    attention = model.layers * 4 * model.heads * model.head_dim * sampler.context
+    element, kept = jnp.dtype(model.dtype).itemsize, jnp.dtype(model.param_dtype).itemsize
+    copied = layers / split.tensor if element != kept else 0
+    weights = (layers * element + head * kept) / split.tensor + copied * (kept + element) / sampler.steps_per_visit
+    return Phase(
+        flops=slots * (2 * (layers + head) + attention) / split.tensor,
+        traffic=weights + bytes_per_device(sampler_cache(config, mesh)),
+        working=copied * element
+        + 4 * slots * (model.vocab_size / split.tensor + model.d_model)
+        # One layer's scores and their weights, and the logits thrice.
+        + 4 * slots * (2 * model.heads / split.heads * sampler.context + 2 * model.vocab_size / split.tensor),
+    )
+
+
+def prefill(config: Config, mesh: Mesh | AbstractMesh, rows: int, tokens: int) -> Phase:
+    """One call on `rows` rows per shard of `tokens` tokens each; as written, queries meet the whole cache."""
+    model, context = config.model, config.sampler.context
+    split = _split(model, mesh)
+    cache = bytes_per_device(sampler_cache(config, mesh)) * row_parts(mesh) / config.sampler.slots  # of one row
+    scores = rows * model.heads / split.heads * tokens * context
+    products = (model.layers - 1) * rows * tokens * 4 * model.heads * model.head_dim * context
+    # The last layer's output is dropped: of it, only keys and values are made.
+    last = 2 * model.d_model * model.kv_heads * model.head_dim
+    weights = (model.layers - 1) * layer_weights(model) + last
+    return Phase(
+        flops=(rows * tokens * 2 * weights + products) / split.tensor,
+        traffic=bytes_per_device(sampler_params(config, mesh)) + 2 * rows * cache + model.layers * 4 * scores * 4,
+        working=rows * cache + 2 * scores * 4,
+    )
+
+
+def prefill_shape(config: Config, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
+    """Rows per shard and tokens of the largest prefill that is not of all slots at once."""
+    per_shard = config.sampler.slots // row_parts(mesh)
+    rows = {-(-rows // row_parts(mesh)) for rows in config.sampler.prefill_rows}
+    return max({size for size in rows if size < per_shard} or {per_shard}), max(config.sampler.prefill_buckets)
+
+
+def _attention_width(model: ModelConfig) -> int:
+    return (model.heads + model.kv_heads) * model.head_dim
+
+
+def _chunks(tokens: int, chunk: int = 128) -> tuple[int, int]:
+    """Columns whose logits exist at once, and all columns with their padding (model/logprob.py)."""
+    chunk = min(chunk, tokens)
+    return chunk, -(-tokens // chunk) * chunk
+
+
+class _Split(NamedTuple):
+    tensor: int  # of every matrix product
+    heads: int  # of what is kept for each head: the scores, whose key/value heads have to be whole
+
+
+def _split(model: ModelConfig, mesh: Mesh | AbstractMesh) -> _Split:
+    """Into how many parts the axis `tensor` splits work and memory."""
+    return _Split(mesh.shape["tensor"], math.gcd(mesh.shape["tensor"], model.kv_heads))
