@@ -1,9 +1,9 @@
-"""GSM8K from nothing on two CPU cores: a small policy imitates the training solutions, then ELPO trains on the problems.
+"""GSM8K from nothing, on two CPU cores: a small policy imitates the solutions, then ELPO trains it on the problems.
 
 COMMAND:  bash experiments/gsm8k.sh PATH [WORKDIR], where PATH has the published train.jsonl and test.jsonl
 
-The calculator marks of the solutions are the tool calls of the demonstrations, the tokenizer is a byte-level BPE trained
-on them, and the policy has the parts of Qwen3. It knows nothing but these 7,000 solutions, so its accuracy is low.
+The calculator marks of the solutions are the tool calls of the demonstrations, the tokenizer is a byte-level BPE that
+is trained on them, and the policy has the parts of Qwen3. All it knows are these solutions, so its accuracy is low.
 """
 
 from elpo_jax.config import (
@@ -55,7 +55,7 @@ def get_config() -> Config:
         rollout=RolloutConfig(max_turn_tokens=128),
         sft=SftConfig(
             mistake_rate=0.0,
-            steps=600,
+            steps=400,
             rows=16,
             micro_rows=4,
             save_every=100,
@@ -64,12 +64,12 @@ def get_config() -> Config:
         algo=elpo(dual_clip=3.0),
         against=(),
         rl=RlConfig(
-            steps=8,
+            steps=6,
             prompts=32,
             updates=4,
             micro_rows=4,
             save_every=2,
-            dump_every=4,
+            dump_every=3,
             optimizer=OptimizerConfig(lr=2e-4, warmup_steps=4, b2=0.99, weight_decay=0.0),
         ),
         eval=EvalConfig(tasks=1319, validation_tasks=0, k=1, temperature=0.0),
