@@ -32,7 +32,7 @@ class WordMathConfig:
     Attributes:
       difficulties: Steps that a flawless attempt needs, 2 to 10; drawn uniformly.
       slack: Tool calls an attempt may make beyond its difficulty.
-      demonstrations: Transcripts for the cold start.
+      demonstrations: Transcripts for the cold start; 0 for none.
     """
 
     difficulties: tuple[int, ...] = (2,)
@@ -52,7 +52,7 @@ class LedgerConfig:
       difficulties: Steps that a flawless attempt needs, 2 to 10; drawn uniformly.
       slack: Tool calls an attempt may make beyond its difficulty.
       noise: Probability that a tool fails for no reason (the stochastic setting).
-      demonstrations: Transcripts for the cold start.
+      demonstrations: Transcripts for the cold start; 0 for none.
     """
 
     difficulties: tuple[int, ...] = (2, 3, 4)
@@ -165,6 +165,8 @@ class SftConfig:
     """Cold start on demonstrations.
 
     Attributes:
+      data: Recorded conversations to imitate besides the demonstrations: what `python -m elpo_jax.tasks.prepare` made
+        of them, or a jsonl file of one's own; "" for none.
       mistake_rate: Probability that the demonstrator slips before a turn, and then repairs, while it can afford to.
       slack: Calls that it may spend on slips; where a family's own slack is less, the policy has to do without them.
       steps: Optimizer steps.
@@ -174,6 +176,7 @@ class SftConfig:
       optimizer: AdamW.
     """
 
+    data: str = ""
     mistake_rate: float = 0.25
     slack: int = 2
     steps: int = 1200
@@ -270,11 +273,11 @@ _BOUNDS = (
     ("cpu_devices", 1, math.inf),
     ("tasks.wordmath.difficulties", 2, 10),
     ("tasks.wordmath.slack", 0, math.inf),
-    ("tasks.wordmath.demonstrations", 1, math.inf),
+    ("tasks.wordmath.demonstrations", 0, math.inf),
     ("tasks.ledger.difficulties", 2, 10),
     ("tasks.ledger.slack", 0, math.inf),
     ("tasks.ledger.noise", 0, 1),
-    ("tasks.ledger.demonstrations", 1, math.inf),
+    ("tasks.ledger.demonstrations", 0, math.inf),
     ("tokenizer.vocab_size", 1, math.inf),
     ("tokenizer.texts", 1, math.inf),
     ("rollout.temperature", 0.001, math.inf),  # training samples, and divides its logits by it

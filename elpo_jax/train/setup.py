@@ -32,10 +32,13 @@ from elpo_jax.tools.sandbox import Limits, Sandbox
 from elpo_jax.tools.toolbox import ToolBox
 from elpo_jax.trees.demonstrate import demonstrations
 from elpo_jax.trees.trajectory import Trajectory
+from elpo_jax.trees.transcripts import TranscriptError, system_of, transcript
 
 # What a process can leave in a folder that it has not claimed, and what a run has in it before its first stage.
 LEFTOVERS = {".lock", ".config-json-partial", "compile_cache"}
 TOKENIZERS = {"sentencepiece": "tokenizer.model", "bpe": "tokenizer.json"}
+# Templates that write a date would write today's, and a resumed run would go on with other prompts.
+TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024"}
 BEFORE_STAGES = LEFTOVERS | {"config.json", *TOKENIZERS.values()}
 
 
@@ -242,7 +245,11 @@ def build_environment(
             tool.limit_tokens(tokenizer, config.rollout.interpreter_tokens)
     if config.tokenizer.kind == "checkpoint":
         source = config.tokenizer.source or config.model.source
-        chat: Chat = _loaded(lambda folder: load_chat(folder, tokenizer), source)
+        chat: Chat = _loaded(lambda folder: load_chat(folder, tokenizer, options=TEMPLATE_OPTIONS), source)
+        if not chat.append_only:
+            print(f"note: {chat.why} Sampled tokens are kept as they are.", flush=True)
+        if not chat.lists_tools:
+            print(f"note: the chat template in {source} does not tell the model which tools there are", flush=True)
     else:
         chat = ChatFormat(tokenizer, tool_listing=config.tasks.chat_tools)
     return Environment(stream.families, toolboxes, chat, config.rollout.max_turn_tokens, sandbox, config.reward)
@@ -276,10 +283,11 @@ def check_prompts(config: Config, environment: Environment, stream: TaskStream) 
 def demonstration_rows(config: Config, environment: Environment, stream: TaskStream) -> tuple[Batch, int, int]:
     """Packed demonstrations, numpy [N, T], and how many were left out: as failures, and as longer than the context.
 
-    Where a world is noisy a demonstrator can run out of calls; a failure is nothing to imitate.
+    Where a world is noisy a demonstrator can run out of calls; a failure is nothing to imitate. Recorded conversations
+    that no attempt can look like count as failures too.
 
     Raises:
-      ConfigError: If none of a family is left.
+      ConfigError: If none of a family, or of `sft.data`, is left.
     """
     kept, failed, long = [], 0, 0
     for family, count in config.demonstrations.items():
@@ -297,12 +305,43 @@ def demonstration_rows(config: Config, environment: Environment, stream: TaskStr
             )
             raise ConfigError(f"there is no demonstration of {family} to learn from, for {why}")
         kept, failed, long = kept + fitting, failed + len(played) - len(solved), long + len(solved) - len(fitting)
+    if config.sft.data:
+        recorded, others = _recorded(config, environment.chat)
+        fitting = [t for t in recorded if len(t.ids()) <= config.sampler.context]
+        if not fitting:
+            raise ConfigError(
+                f"sft.data={config.sft.data} has nothing to learn from: {others} conversations are no attempts, and "
+                f"{len(recorded)} are longer than sampler.context={config.sampler.context}"
+            )
+        kept, failed, long = kept + fitting, failed + others, long + len(recorded) - len(fitting)
+    if not kept:
+        raise ConfigError("there is nothing to learn from: set sft.steps=0, sft.data or the demonstrations of a family")
     order = np.random.default_rng(config.seed).permutation(len(kept))
     return pack([demonstration_example(kept[i]) for i in order], config.sampler.context), failed, long
 
 
+def _recorded(config: Config, chat: Chat) -> tuple[list[Trajectory], int]:
+    """The conversations of `sft.data` as attempts, and the number of those that are none."""
+    rows = open_splits(config.sft.data).get("train", ())
+    if len(rows) and not isinstance(rows[0], Conversation):
+        raise ConfigError(f"sft.data={config.sft.data} holds problems, not conversations: name it in tasks.datasets")
+    chats, out, others = {"": chat}, [], 0
+    for row in rows:
+        system = system_of(row)
+        try:
+            if system not in chats:
+                if config.tokenizer.kind != "checkpoint":
+                    raise TranscriptError("the project's own chat format has no system text")
+                source = config.tokenizer.source or config.model.source
+                chats[system] = load_chat(source, chat.tokenizer, system=system, options=TEMPLATE_OPTIONS)
+            out.append(transcript(chats[system], row))
+        except TranscriptError:
+            others += 1
+    return out, others
+
+
 def _demonstrate(
-    config: Config, chat: ChatFormat, stream: TaskStream, toolboxes: dict[str, ToolBox], count: Mapping[str, int]
+    config: Config, chat: Chat, stream: TaskStream, toolboxes: dict[str, ToolBox], count: Mapping[str, int]
 ) -> Iterator[Trajectory]:
     rate = config.sft.mistake_rate
     for family, n in count.items():
@@ -313,7 +352,7 @@ def _demonstrate(
         yield from demonstrations(stream.families, tasks, toolboxes[family], chat, seed=config.seed, mistake_rate=rate)
 
 
-def _texts(chat: ChatFormat, trajectory: Trajectory) -> Iterator[str]:
+def _texts(chat: Chat, trajectory: Trajectory) -> Iterator[str]:
     """The text between control ids and segment borders: what is encoded as one, and what pieces should cover."""
     control = set(chat.tokenizer.control.values())
     for segment in trajectory.segments():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from elpo_jax.tasks.base import Demonstrator, Family, Task
-from elpo_jax.text.chat import ChatFormat
+from elpo_jax.text.chat import Chat
 from elpo_jax.text.parser import Turn
 from elpo_jax.tools.base import InfrastructureError, State, Status, ToolResult
 from elpo_jax.tools.toolbox import Request, ToolBox
@@ -36,7 +36,7 @@ def demonstrate(
     family: Family,
     task: Task,
     toolbox: ToolBox,
-    chat: ChatFormat,
+    chat: Chat,
     rng: np.random.Generator,
     mistake_rate: float = 0.0,
     key: int = 0,
@@ -62,7 +62,7 @@ def demonstrations(
     families: Mapping[str, Family],
     tasks: Iterable[Task],
     toolbox: ToolBox,
-    chat: ChatFormat,
+    chat: Chat,
     *,
     seed: int,
     mistake_rate: float = 0.0,
@@ -94,15 +94,13 @@ def demonstrations(
         yield from _finish(plays, toolbox, chat)
 
 
-def _begin(
-    family: Family, task: Task, chat: ChatFormat, rng: np.random.Generator, mistake_rate: float, key: int
-) -> _Play:
+def _begin(family: Family, task: Task, chat: Chat, rng: np.random.Generator, mistake_rate: float, key: int) -> _Play:
     demonstrator = family.demonstrate(task, rng, mistake_rate)
     prompt = Segment(Author.ENVIRONMENT, chat.prompt(task.prompt, family.tools))
     return _Play(family, task, demonstrator, family.start(task, key), prompt, next(demonstrator))
 
 
-def _finish(plays: list[_Play], toolbox: ToolBox, chat: ChatFormat) -> list[Trajectory]:
+def _finish(plays: list[_Play], toolbox: ToolBox, chat: Chat) -> list[Trajectory]:
     """Plays all to their end: every round takes one turn of each, and the tools answer the round together."""
     live = plays
     while live:
@@ -126,7 +124,7 @@ def _finish(plays: list[_Play], toolbox: ToolBox, chat: ChatFormat) -> list[Traj
     return [_graded(play) for play in plays]
 
 
-def _answer(play: _Play, segment: Segment, turn: Turn, result: ToolResult, chat: ChatFormat) -> None:
+def _answer(play: _Play, segment: Segment, turn: Turn, result: ToolResult, chat: Chat) -> None:
     """Records the tool's answer as a step and asks the reference policy for its next turn."""
     if result.status is Status.SANDBOX_ERROR:
         raise InfrastructureError(f"a tool broke while demonstrating {play.task.id} ({result.detail}): try again")

@@ -20,6 +20,7 @@ from elpo_jax.config import (
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.policy.recipes import Recipe, dapo, elpo, grpo
 from elpo_jax.rollout.sampler import SamplerConfig
+from elpo_jax.tasks.rewards import Reward
 from elpo_jax.train.mesh import MeshConfig
 from elpo_jax.train.step import OptimizerConfig
 from experiments.paper.evaluation import COLUMNS, CONTEXT, MOST_TURNS, TEMPERATURE
@@ -82,6 +83,8 @@ def paper_config(name: str, model: ModelConfig, weights: str, recipe: Recipe) ->
             interpreter_workers=128,  # our choice: Open-AgentRL
             interpreter_reference=True,  # our choice: the errors in the paper's Figure 4 are of Open-AgentRL's tool
         ),
+        # Our choice: the reward of Open-AgentRL's code, with the penalty of 1.1 that the paper's Figure 4 shows.
+        reward=Reward(kind="open_agentrl", constant_penalty=True, overlong_buffer=4096),
         sft=SftConfig(
             steps=5 * (SFT_TRANSCRIPTS // 32),  # paper: 5 epochs; our choice: 32 transcripts a step, Open-AgentRL
             # Our choice: rows are packed, and 8 of 20,480 tokens hold 32 transcripts of 5,000. The cold start prints
@@ -130,8 +133,13 @@ def paper_config(name: str, model: ModelConfig, weights: str, recipe: Recipe) ->
 
 
 def published_files(config: Config, weights: str) -> Config:
-    """What is read from published folders: weights, tokenizer, transcripts."""
-    return dataclasses.replace(config, tokenizer=TokenizerConfig(kind="checkpoint", source=weights))
+    """What is read from folders: published weights with their tokenizer, and the prepared transcripts."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, source=weights),
+        tokenizer=TokenizerConfig(kind="checkpoint"),
+        sft=dataclasses.replace(config.sft, data="data/open_agentrl_sft_3k"),  # paper
+    )
 
 
 def _dataset(name: str, use: str) -> DatasetConfig:
