@@ -38,9 +38,10 @@ from elpo_jax.train.setup import (
     demonstration_rows,
     open_tools,
     open_workdir,
+    with_weights_shape,
 )
 from elpo_jax.train.sft import make_sft_loss, train_sft
-from elpo_jax.train.state import TrainState, init_state
+from elpo_jax.train.state import TrainState, init_state, load_params
 from elpo_jax.train.step import Optimizer, make_optimizer, make_train_step
 
 
@@ -50,6 +51,7 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False) -> dict:
     with contextlib.ExitStack() as stack:
         # Everything that can be wrong with a config shows before the first step: what it raises is for the user.
         with bad_values_are_config_errors():
+            config = with_weights_shape(config)
             mesh = make_mesh(config.mesh)
             config.check(row_parts(mesh))
             stack.enter_context(open_workdir(workdir, config, resume))
@@ -137,10 +139,14 @@ def open_log(folder: pathlib.Path, start: int, environment: Environment) -> Metr
 def cold_start(
     config: Config, workdir, mesh, optimizer: Optimizer, environment: Environment, stream: TaskStream, meta: dict
 ) -> TrainState:
-    """SFT from scratch, or its last state."""
+    """SFT from random or published weights, or its last state."""
     folder, meta = workdir / "sft", meta | {"stage": "sft"}
     checkpoints = Checkpoints(folder / "checkpoints")
-    blank = init_state(config.model, optimizer, jax.random.key(config.seed), mesh)
+    params = None
+    if checkpoints.latest() is None:
+        with bad_values_are_config_errors():
+            params = load_params(config.model, mesh)
+    blank = init_state(config.model, optimizer, jax.random.key(config.seed), mesh, params)
     state, start = last_state(checkpoints, blank, mesh, meta)
     data = None
     if start < config.sft.steps:  # before the stage's first file: with nothing to learn from, it has not begun

@@ -68,7 +68,7 @@ def test_what_points_up_is_found():
 
 
 def test_nothing_imports_what_the_package_does_without():
-    for path in [*modules(), *(ROOT / "experiments").glob("*.py")]:
+    for path in [*modules(), *(ROOT / "experiments").rglob("*.py")]:
         for imported in imports(path):
             assert imported.split(".")[0] not in BANNED and not imported.startswith("flax.nnx"), f"{path}: {imported}"
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import re
 
 import jax
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elpo_jax.model.cache import fork, new_cache
-from elpo_jax.model.config import ModelConfig, count_params
+from elpo_jax.model.config import ModelConfig, RopeScaling, config_from_json, count_params
 from elpo_jax.model.logprob import logprob_and_entropy, token_logprobs
 from elpo_jax.model.transformer import apply, init, unembed
 
@@ -404,11 +405,56 @@ def test_published_shapes_fit():
         ({"d_ff": 2.5}, "model.d_ff must be a positive integer, not 2.5"),
         ({"dtype": "float16"}, "model.dtype must be one of float32, bfloat16, not 'float16'"),
         ({"rope_theta": 0.0}, "model.rope_theta must be positive"),
+        ({"norm_eps": float("inf")}, "model.norm_eps must be positive"),
     ],
 )
 def test_an_impossible_network_is_an_error_that_names_the_field(change, named):
     with pytest.raises(ValueError, match=re.escape(named)):
         dataclasses.replace(BASE, **change)
+
+
+@pytest.mark.parametrize(
+    "scaling,named",
+    [
+        ({"kind": "dynamic"}, "model.rope_scaling.kind must be one of none, linear, llama3, yarn, not 'dynamic'"),
+        ({"kind": "linear", "factor": 0.5}, "model.rope_scaling.factor must be a number of at least 1, not 0.5"),
+        ({"kind": "yarn", "factor": float("nan")}, "model.rope_scaling.factor must be a number of at least 1, not nan"),
+        ({"kind": "yarn", "factor": 4.0}, "model.rope_scaling.original_context must be the context of the pretraining"),
+        (
+            {"kind": "llama3", "factor": 8.0, "original_context": 8192, "low_freq_factor": 4.0},
+            "model.rope_scaling.low_freq_factor=4.0 must be positive and less than model.rope_scaling.high_freq_factor",
+        ),
+        (
+            {"kind": "yarn", "factor": 8.0, "original_context": 8192, "beta_slow": 0.0},
+            "model.rope_scaling.beta_slow=0.0 must be positive",
+        ),
+        (
+            {"kind": "yarn", "factor": 8.0, "original_context": 8192, "attention_factor": -1.0},
+            "model.rope_scaling.attention_factor must be at least 0",
+        ),
+    ],
+)
+def test_an_impossible_rope_scaling_is_an_error_that_names_the_field(scaling, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        RopeScaling(**scaling)
+
+
+def test_a_config_survives_json_and_can_be_a_key():
+    config = dataclasses.replace(FULL, rope_scaling=RopeScaling("yarn", 4.0, 32768), source="folder")
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert config_from_json(values) == config and hash(config_from_json(values)) == hash(config)
+    assert config_from_json({k: v for k, v in values.items() if k not in ("rope_scaling", "source")}) == FULL
+    with pytest.raises(ValueError, match="unknown numbers of a network: experts"):
+        config_from_json(values | {"experts": 8})
+    with pytest.raises(ValueError, match="damaged"):
+        config_from_json({"vocab_size": 8})
+
+
+def test_linear_scaling_divides_the_positions():
+    config = dataclasses.replace(FULL, rope_scaling=RopeScaling("linear", 3.0))
+    params, tokens = parameters(FULL), random_tokens(1, 9)
+    stretched, _ = forward(config)(params, tokens, 3 * count_up(1, 9))
+    close(stretched, forward(FULL)(params, tokens, count_up(1, 9))[0])
 
 
 def test_wrong_calls_are_errors():

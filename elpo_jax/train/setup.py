@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from elpo_jax.config import Config, ConfigError, DatasetConfig, differences, to_json
+from elpo_jax.model.hf_config import read_hf_config
 from elpo_jax.policy.batch import Batch, demonstration_example, pack
 from elpo_jax.report.log import read_json, write_json
 from elpo_jax.rollout.agent import Environment
@@ -103,6 +104,24 @@ def open_workdir(workdir: pathlib.Path, config: Config, resume: bool) -> Iterato
 
 def _names(folder: pathlib.Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def with_weights_shape(config: Config) -> Config:
+    """The config with the network that `model.source` holds, if it names one; how to compute stays as configured.
+
+    A rope scaling of the config's own, such as YaRN for a longer context, stays too where the checkpoint has none.
+
+    Raises:
+      ValueError: If the folder holds no checkpoint, or one of a kind that is not supported.
+    """
+    model = config.model
+    if not model.source:
+        return config
+    held = read_hf_config(model.source)
+    kept = {name: getattr(model, name) for name in ("source", "dtype", "param_dtype", "remat")}
+    if held.rope_scaling.kind == "none":
+        kept["rope_scaling"] = model.rope_scaling
+    return dataclasses.replace(config, model=dataclasses.replace(held, **kept))
 
 
 @contextlib.contextmanager

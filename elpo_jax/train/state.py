@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from elpo_jax.model.config import ModelConfig
+from elpo_jax.model.stored import abstract_params
 from elpo_jax.model.transformer import Params, init
+from elpo_jax.model.weights import load
 from elpo_jax.train.mesh import shardings
 from elpo_jax.train.step import Optimizer
 
@@ -24,13 +26,33 @@ class TrainState:
     skipped: jax.Array  # int32 [], updates refused for a non-finite loss or gradient
 
 
-def init_state(config: ModelConfig, optimizer: Optimizer, key: jax.Array, mesh: Mesh) -> TrainState:
-    """A fresh state; each device creates only its own part of it. The values do not depend on the mesh."""
+def init_state(
+    config: ModelConfig, optimizer: Optimizer, key: jax.Array, mesh: Mesh, params: Params | None = None
+) -> TrainState:
+    """A fresh state; each device creates only its own part of it. The values do not depend on the mesh.
 
-    def build(key):
+    Args:
+      config: The network.
+      optimizer: What will train it.
+      key: Seeds the parameters and the state's own key.
+      mesh: Where the state lies.
+      params: To begin with, given up to the state (donated); None for random ones.
+    """
+
+    def build(key, params):
         params_key, state_key = jax.random.split(key)
-        params = init(config, params_key)
+        params = init(config, params_key) if params is None else params
         zero = jnp.zeros((), jnp.int32)
         return TrainState(params, optimizer.init(params), zero, state_key, zero)
 
-    return jax.jit(build, out_shardings=shardings(mesh, jax.eval_shape(build, key)))(key)
+    places = shardings(mesh, jax.eval_shape(build, key, params))
+    return jax.jit(build, out_shardings=places, donate_argnums=1)(key, params)
+
+
+def load_params(config: ModelConfig, mesh: Mesh) -> Params | None:
+    """The weights in `config.source`, on the mesh; None if it names none.
+
+    Raises:
+      ValueError: If the folder cannot be used (`elpo_jax.model.weights.load`).
+    """
+    return load(config.source, config, shardings(mesh, abstract_params(config))) if config.source else None
