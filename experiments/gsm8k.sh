@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# GSM8K from the published files to a report:  bash experiments/gsm8k.sh PATH [WORKDIR] [--resume, --set KEY=VALUE ...]
+# GSM8K from the published train.jsonl and test.jsonl to a report; stopped, the same command goes on where it was.
+#   bash experiments/gsm8k.sh PATH [WORKDIR [--set KEY=VALUE ...]]      (WORKDIR defaults to runs/gsm8k)
 set -euo pipefail
-if [ $# -lt 1 ]; then
-  echo "usage: bash experiments/gsm8k.sh PATH [WORKDIR], where PATH has GSM8K's train.jsonl and test.jsonl" >&2
-  exit 2
-fi
+case "${1:-}" in
+  "" | -*) sed -n 's/^# \{0,1\}//; 2,3p' "$0"; [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; exit ;;
+esac
 from="$(realpath "$1")"
 workdir="$(realpath -m "${2:-runs/gsm8k}")"
 shift "$(($# < 2 ? $# : 2))"
@@ -13,4 +13,6 @@ shift "$(($# < 2 ? $# : 2))"
 if [ ! -f data/gsm8k/manifest.json ]; then
   python -m elpo_jax.tasks.prepare gsm8k --from "$from" --out data/gsm8k --format jsonl
 fi
-exec python -m experiments.run experiments/gsm8k.py --workdir "$workdir" "$@"
+resume=""
+[ -f "$workdir/config.json" ] && resume="--resume"
+exec python -m experiments.run experiments/gsm8k.py --workdir "$workdir" $resume "$@"

@@ -1,6 +1,7 @@
 """Trees that a real policy made with real tools: what was sampled is what is kept, and branches are true."""
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import json
@@ -23,6 +24,7 @@ from elpo_jax.policy.recipes import elpo
 from elpo_jax.rollout.agent import Environment
 from elpo_jax.rollout.collect import collect, sample
 from elpo_jax.rollout.sampler import Completion, Sampler
+from elpo_jax.tasks.rewards import Reward
 from elpo_jax.text.chat import Message
 from elpo_jax.text.parser import call_text
 from elpo_jax.tools.base import InfrastructureError, Status, ToolCall
@@ -30,7 +32,7 @@ from elpo_jax.tools.sandbox import pool
 from elpo_jax.tools.toolbox import Request, ToolBox
 from elpo_jax.train.checkpoint import Checkpoints
 from elpo_jax.train.mesh import make_mesh
-from elpo_jax.train.rl import stop_if_truncated
+from elpo_jax.train.rl import dump, stop_if_truncated
 from elpo_jax.train.setup import build_environment, build_tokenizer, open_tools
 from elpo_jax.train.state import init_state
 from elpo_jax.train.step import make_optimizer
@@ -474,3 +476,69 @@ def test_dumped_trees_can_be_read_again(tiny_run):
             tree = tree_from_json(data)
             assert len(tree.leaves) == len(data["leaves"]) == 6
             assert [node.id for node in tree.nodes()] == [node["id"] for node in data["nodes"]]
+
+
+def with_ledger(world, **methods):
+    """The environment with some of the ledger family's methods replaced."""
+    ledger = world.environment.families["ledger"]
+    changed = copy.copy(ledger)
+    changed.__class__ = type("Changed", (type(ledger),), methods)
+    return dataclasses.replace(world.environment, families={"ledger": changed})
+
+
+def test_attempts_are_rewarded_by_outcome_and_length(world):
+    ledger = world.environment.families["ledger"]
+    tasks = [ledger.task("validation", i, difficulty=4) for i in range(6)]
+    reward = Reward(kind="open_agentrl", overlong_buffer=1200, overlong_factor=0.5)
+    environment = dataclasses.replace(world.environment, reward=reward)
+    sampler = Scripted(environment.chat, tasks)
+    trees = collect(tasks, SearchConfig(budget=8, buffer=2), environment, sampler, seed=0, step=0, temperature=1.0)
+    seen = set()
+    for attempt in (leaf.trajectory for tree in trees for leaf in tree.leaves):
+        length = len(attempt.ids()) - len(attempt.prompt)
+        calls = sum(step.response is not None for step in attempt.steps)
+        outcome = 1.0 if attempt.success else min(-0.6, -1 + 0.1 * calls)
+        longest = sampler.context - len(attempt.prompt)
+        penalty = 0.5 * max(0.0, min(1.0, (length - longest + 1200) / 1200))
+        assert attempt.reward == pytest.approx(outcome - penalty)
+        seen.add((attempt.success, calls))
+    assert len(seen) > 3
+    with pytest.raises(ValueError, match=r"reward\.overlong_buffer=1200 .* lower it"):
+        environment.check(tasks[0], context=400)
+
+
+def test_an_attempt_that_a_broken_grader_lost_is_played_again(world):
+    """A fault of the grader's is ours, as one of a tool's is."""
+    ledger = world.environment.families["ledger"]
+    tasks = [ledger.task("validation", i, difficulty=3) for i in range(3)]
+    faults = itertools.chain([True, False, True], itertools.repeat(False))
+
+    def grade(self, *arguments):
+        if next(faults):
+            raise InfrastructureError("the worker did not start")
+        return type(ledger).grade(self, *arguments)
+
+    search = SearchConfig(budget=4, localizer="none")
+    trees = collect(
+        tasks,
+        search,
+        with_ledger(world, grade=grade),
+        Scripted(world.environment.chat, tasks),
+        seed=0,
+        step=0,
+        temperature=1.0,
+    )
+    assert sum(tree.infrastructure_failures for tree in trees) == 2
+    assert [len(tree.leaves) for tree in trees] == [4] * 3
+
+
+def test_trees_of_private_tasks_are_not_written(world, tmp_path):
+    ledger = world.environment.families["ledger"]
+    tasks = [ledger.task("validation", i, difficulty=3) for i in range(2)]
+    tasks[0] = dataclasses.replace(tasks[0], meta={**tasks[0].meta, "private": True})
+    search = SearchConfig(budget=4, localizer="none")
+    sampler = Scripted(world.environment.chat, tasks)
+    trees = collect(tasks, search, world.environment, sampler, seed=0, step=0, temperature=1.0)
+    dump(tmp_path / "step.jsonl", 1, elpo(), trees, [assign(tree, elpo()) for tree in trees], world.environment)
+    (line,) = (tmp_path / "step.jsonl").read_text().splitlines()
+    assert json.loads(line)["task"]["id"] == tasks[1].id

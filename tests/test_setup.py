@@ -1,13 +1,16 @@
 """The run folder changes hands only when a run has begun, and what is wrong with a run shows before it begins."""
 
+import dataclasses
+import importlib.util
 import json
 import subprocess
 import types
 
 import pytest
 
-from elpo_jax.config import Config, ConfigError, to_json
+from elpo_jax.config import Config, ConfigError, DatasetConfig, EvalConfig, TasksConfig, TokenizerConfig, to_json
 from elpo_jax.overrides import override
+from elpo_jax.rollout.sampler import SamplerConfig
 from elpo_jax.text.tokenizer import ByteTokenizer
 from elpo_jax.tools import reference
 from elpo_jax.tools.base import Status, ToolCall
@@ -15,7 +18,14 @@ from elpo_jax.tools.interpreter import CodeInterpreter
 from elpo_jax.tools.observation import MARKER
 from elpo_jax.tools.toolbox import Request
 from elpo_jax.train import provenance
-from elpo_jax.train.setup import build_environment, check_prompts, open_tools, open_workdir
+from elpo_jax.train.setup import (
+    build_environment,
+    build_tokenizer,
+    check_prompts,
+    demonstration_rows,
+    open_tools,
+    open_workdir,
+)
 
 
 def names(folder):
@@ -161,3 +171,71 @@ def test_a_result_says_whether_the_working_tree_was_that_of_its_commit(tmp_path,
     assert provenance.commit() == f"{short}-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.commit() is None, "without git"
+
+
+def gsm8k_like(tmp_path, count=40):
+    """Rows of our own in the manner of GSM8K, with a calculator mark each."""
+    rows = [
+        {
+            "problem": f"Ann has {n} boxes of {n + 2} pens. How many pens has she?",
+            "answer": str(n * (n + 2)),
+            "grader": "math",
+            "meta": {"solution": f"She has {n}*{n + 2}=<<{n}*{n + 2}={n * (n + 2)}>>{n * (n + 2)} pens."},
+        }
+        for n in range(3, 3 + count)
+    ]
+    for name, part in (("train", rows[8:]), ("test", rows[:8])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    numbers = DatasetConfig(
+        "pens", str(tmp_path), tool="calculator", checker="exact", plain=True, max_calls=3, demonstrations=99
+    )
+    return Config(
+        tasks=TasksConfig(families=("pens",), datasets=(numbers,)),
+        tokenizer=TokenizerConfig(kind="bpe", vocab_size=300, texts=30),
+        sampler=SamplerConfig(slots=4, context=512),
+        eval=EvalConfig(tasks=99),
+    )
+
+
+def test_a_data_set_is_a_family_like_the_others(tmp_path):
+    config = gsm8k_like(tmp_path).check()
+    with open_tools(config) as (stream, toolboxes, sandbox):
+        assert sandbox is None, "a calculator runs no programs"
+        tokenizer = build_tokenizer(config, tmp_path, stream, toolboxes)
+        environment = build_environment(config, tokenizer, stream, toolboxes, sandbox)
+        check_prompts(config, environment, stream)
+        tests = stream.first("pens", "test", config.eval.tasks)
+        assert [task.answer for task in tests] == [str(n * (n + 2)) for n in range(3, 11)]
+        family = environment.families["pens"]
+        right = family.grade(tests[0], "So it is \\boxed{15}.", None)
+        assert right.success and not family.grade(tests[0], "\\boxed{16}", None).success
+        batch, failed, long = demonstration_rows(config, environment, stream)
+        assert (int(batch.segments.max(axis=1).sum()), failed, long) == (family.size("train"), 0, 0)
+        assert "exact" in family.checker and "3 calls of calculator" in config.tasks.of("pens").line()
+    assert (tmp_path / "tokenizer.json").exists()
+    test_only = dataclasses.replace(config.tasks.datasets[0], use="test")
+    with pytest.raises(ConfigError, match="none to train on"):
+        dataclasses.replace(config, tasks=dataclasses.replace(config.tasks, datasets=(test_only,))).check()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is not None, reason="math-verify is installed")
+def test_a_missing_grader_is_told_with_the_way_out(tmp_path):
+    config = override(gsm8k_like(tmp_path), ["tasks.datasets.0.checker=default"])
+    with pytest.raises(ConfigError, match=r"data set pens: .*math-verify.*checker=exact"), open_tools(config):
+        pass
+
+
+def test_data_sets_are_checked_like_everything_else(tmp_path):
+    config = gsm8k_like(tmp_path)
+    for change, message in (
+        ("tasks.datasets.0.validation=1", "validation=1.0 at least 0 and less than 1"),
+        ("tasks.datasets.0.max_calls=-1", "max_calls=-1"),
+        ("tasks.datasets.0.name=ledger", "a different name for each"),
+        ("tasks.datasets.0.tool=sql", "must be one of calculator, code_interpreter"),
+        ("tasks.families=pencils", "unknown family 'pencils'.* pens"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            override(config, [change])
+    missing = override(config, [f"tasks.datasets.0.path={tmp_path / 'none'}"])
+    with pytest.raises(ValueError, match="holds no data set"), open_tools(missing):
+        pass
