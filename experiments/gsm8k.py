@@ -55,7 +55,7 @@ def get_config() -> Config:
         rollout=RolloutConfig(max_turn_tokens=128),
         sft=SftConfig(
             mistake_rate=0.0,
-            steps=400,
+            steps=600,
             rows=16,
             micro_rows=4,
             save_every=100,
