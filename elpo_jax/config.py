@@ -152,12 +152,15 @@ class TokenizerConfig:
       vocab_size: Ids of the model that is trained.
       texts: Demonstrations per family that it learns its pieces from.
       source: Folder of a published tokenizer; "" for that of the weights, `model.source`.
+      call_format: How the published model writes a call: between `<tool_call>` tags ("hermes"), or as the bare object
+        ("llama"); "auto" chooses by its chat template.
     """
 
     kind: Literal["sentencepiece", "bpe", "byte", "checkpoint"] = "sentencepiece"
     vocab_size: int = 1024
     texts: int = 400
     source: str = ""
+    call_format: Literal["auto", "hermes", "llama"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +260,7 @@ class EvalConfig:
       validation_tasks: Validation tasks per family, for choices that the test split must not make; 0 for none.
       k: Attempts at each task.
       temperature: Of sampling; 0 is greedy.
+      top_p: Share of the probability that is sampled from.
       bootstrap: Resamples of the tasks behind each interval.
     """
 
@@ -264,6 +268,7 @@ class EvalConfig:
     validation_tasks: int = 50
     k: int = 8
     temperature: float = 1.0
+    top_p: float = 1.0
     bootstrap: int = 2000
 
 
@@ -306,6 +311,7 @@ _BOUNDS = (
     ("eval.validation_tasks", 0, math.inf),
     ("eval.k", 1, math.inf),
     ("eval.temperature", 0, math.inf),
+    ("eval.top_p", 0.001, 1),
     ("eval.bootstrap", 1, math.inf),
 )
 # What a recipe's folder in the run folder, its eval/NAME.json or its key in results.json would collide with.
@@ -376,6 +382,11 @@ class Config:
             raise ConfigError("tasks.families has none to train on: set tasks.datasets.N.use to train or both for one")
         if self.tokenizer.kind == "checkpoint" and not (self.tokenizer.source or self.model.source):
             raise ConfigError("tokenizer.kind=checkpoint needs a folder: set tokenizer.source or model.source")
+        if self.model.source and self.tokenizer.kind != "checkpoint":
+            raise ConfigError(
+                f"the weights in model.source know no ids of a tokenizer of kind {self.tokenizer.kind}: set "
+                "tokenizer.kind=checkpoint"
+            )
         for key, other in (("rl.prompts", "rl.updates"), ("sft.rows", "sft.micro_rows")):
             value, divisor = operator.attrgetter(key, other)(self)
             if value % divisor:
@@ -406,9 +417,9 @@ class Config:
 
     @property
     def first_rl_task(self) -> int:
-        """Where the prompts of RL begin in the stream of training tasks: after those of the demonstrations.
+        """Where the prompts of RL begin in the stream of training tasks: after as many as were demonstrated.
 
-        A data set goes round: RL meets its demonstrated problems again once the others are used up.
+        In a data set those are not quite the same: rows that cannot be demonstrated are passed over, and it goes round.
         """
         return max(self.demonstrations.values()) * len(self.training_families)
 

@@ -111,7 +111,7 @@ def _bare_loop(config, slots: int, context: int, params, mesh, settings: Setting
 
     def work():
         nonlocal cache
-        cache, out = fn(params, cache, control, np.float32(1))
+        cache, out = fn(params, cache, control, np.ones(2, np.float32))
         return int((np.asarray(out)[:, 0] >= 0).sum())
 
     return work

@@ -129,6 +129,7 @@ def resident(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     return {
         "parameters": bytes_per_device(state.params),
         "optimizer": bytes_per_device(state.opt_state),
+        "cold start's parameters": bytes_per_device(state.params),
         "sampler's parameters": bytes_per_device(sampler_params(config, mesh)) if mesh.shape["fsdp"] > 1 else 0,
         "KV cache": bytes_per_device(sampler_cache(config, mesh)),
     }

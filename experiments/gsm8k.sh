@@ -5,6 +5,10 @@ set -euo pipefail
 case "${1:-}" in
   "" | -*) sed -n 's/^# \{0,1\}//; 2,3p' "$0"; [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; exit ;;
 esac
+if [ ! -e "$1" ]; then
+  echo "$1 does not exist: give the folder with GSM8K's train.jsonl and test.jsonl" >&2
+  exit 2
+fi
 from="$(realpath "$1")"
 workdir="$(realpath -m "${2:-runs/gsm8k}")"
 shift "$(($# < 2 ? $# : 2))"

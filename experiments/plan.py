@@ -118,7 +118,7 @@ def _decode(config: Config, mesh: Mesh, micro: int):
     params, cache = footprint.sampler_params(config, mesh), footprint.sampler_cache(config, mesh)
     control = jax.ShapeDtypeStruct((config.sampler.slots, decode.CONTROL_WIDTH), jnp.int32)
     burst = decode.make_decode(config.model, mesh, (0,), config.seed, config.sampler.steps_per_visit)
-    return burst.lower(params, cache, control, jax.ShapeDtypeStruct((), jnp.float32))
+    return burst.lower(params, cache, control, jax.ShapeDtypeStruct((2,), jnp.float32))
 
 
 def of_depth(config: Config, layers: int) -> Config:
@@ -421,8 +421,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = override(load(options.experiment), options.assignments)
-        if options.chip is not None and options.chip not in CHIPS:
+        chip = {name.lower(): name for name in CHIPS}.get((options.chip or "").lower())
+        if options.chip is not None and chip is None:
             raise ConfigError(f"unknown chip {options.chip!r}: there are {', '.join(CHIPS)}")
+        if options.json and not options.json.absolute().parent.is_dir():
+            raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}")
         volume = make_volume(config, options.attempt_tokens, options.sampled)
         sizes = config.mesh if options.mesh is None else parse_mesh(options.mesh)
         sizes = dataclasses.replace(sizes, data=max(sizes.data, 1))
@@ -436,7 +439,7 @@ def main(arguments: list[str] | None = None) -> int:
         mesh = cpu_mesh(sizes)
         whole = options.full or config.model.layers <= 2 * DEPTHS[1]
         depths = (config.model.layers,) if whole else DEPTHS
-        chips = list(CHIPS) if options.chip is None else [options.chip]
+        chips = list(CHIPS) if options.chip is None else [chip]
         result = plan(config, mesh, volume, chips, depths)
         if options.json:
             partial = options.json.with_name(options.json.name + ".partial")

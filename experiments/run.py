@@ -67,10 +67,11 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False) -> dict:
             sampler = Sampler(config.model, config.sampler, environment.chat.stop_ids, config.seed, mesh)
             sft_optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
             rl_optimizer = make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.updates * config.rl.epochs)
-        meta = {"config": to_json(config), "tokenizer": tokenizer.fingerprint}
+        meta = {"config": to_json(config), "tokenizer": tokenizer.fingerprint, "chat": environment.chat.fingerprint}
 
         begun = cold_start(config, workdir, mesh, sft_optimizer, environment, stream, meta)
         measure(config, workdir, "sft", begun, environment, sampler, stream)
+        begun = begun.replace(opt_state=None)  # the moments are of no more use, and twice as large as the parameters
         for recipe in config.recipes:
             state = reinforce(config, recipe, workdir, mesh, rl_optimizer, begun, environment, stream, sampler, meta)
             measure(config, workdir, recipe.name, state, environment, sampler, stream)
@@ -115,6 +116,11 @@ def last_state(checkpoints: Checkpoints, blank: TrainState, mesh, meta: dict) ->
     if saved["tokenizer"] != meta["tokenizer"]:
         raise CheckpointError(
             "the checkpoint was trained with another tokenizer than the run folder's tokenizer.model: restore that file"
+        )
+    if saved.get("chat") != meta["chat"]:
+        raise CheckpointError(
+            "the checkpoint was trained with another chat template, or other ids that end a turn: restore the files of "
+            "tokenizer.source or model.source"
         )
     changed = differences(*({key: of.get(key) for key in ("stage", "config")} for of in (saved, meta)))
     if changed:
@@ -189,14 +195,15 @@ def reinforce(
     """One recipe's RL from the cold start, or from its last state."""
     folder, meta = workdir / recipe.name, meta | {"stage": recipe.name}
     checkpoints = Checkpoints(folder / "checkpoints")
-    blank = init_state(config.model, optimizer, jax.random.key(config.seed), mesh)
     # A copy, since the train step donates its state and the next recipe starts from the same parameters.
-    blank = blank.replace(params=jax.tree.map(lambda x: x.copy(), begun.params))
+    params = jax.tree.map(lambda x: x.copy(), begun.params)
+    blank = init_state(config.model, optimizer, jax.random.key(config.seed), mesh, params)
     state, start = last_state(checkpoints, blank, mesh, meta)
 
     def validate(step: int) -> dict[str, float]:
         tasks = held_out(stream, "validation", config.rl.eval_tasks)
-        protocol = protocol_of(config, environment, "validation", tasks, config.rl.eval_k, config.rollout.temperature)
+        sampling = config.rl.eval_k, config.rollout.temperature, 1.0
+        protocol = protocol_of(config, environment, "validation", tasks, *sampling)
         families = evaluate(recipe.name, tasks, protocol, environment, sampler, config.eval.bootstrap)["families"]
         row = {}
         for family, figures in families.items():
@@ -257,7 +264,8 @@ def measure(
         for split, families in tasks.items():
             if not families:
                 continue
-            protocol = protocol_of(config, environment, split, families, config.eval.k, config.eval.temperature)
+            sampling = config.eval.k, config.eval.temperature, config.eval.top_p
+            protocol = protocol_of(config, environment, split, families, *sampling)
             by_split[split] = evaluate(
                 name,
                 families,
@@ -293,12 +301,14 @@ def protocol_of(
     tasks: Mapping[str, Sequence[Task]],
     k: int,
     temperature: float,
+    top_p: float,
 ) -> Protocol:
     return Protocol(
         split=split,
         families={name: f"{len(of)} tasks, {config.tasks.of(name).line()}" for name, of in tasks.items()},
         k=k,
         temperature=temperature,
+        top_p=top_p,
         seed=config.seed,
         max_turn_tokens=config.rollout.max_turn_tokens,
         context=config.sampler.context,

@@ -70,7 +70,7 @@ def main(data: int, fsdp: int, tensor: int) -> None:
     fn = decode.make_decode(MODEL, mesh, STOPS, SEED, steps=3)
     cache = decode.make_cache(MODEL, mesh, SHAPES.slots, SHAPES.context)
     control = np.zeros((SHAPES.slots, decode.CONTROL_WIDTH), np.int32)
-    compiled = fn.lower(decode.place_params(params, mesh), cache, control, np.float32(1)).compile()
+    compiled = fn.lower(decode.place_params(params, mesh), cache, control, np.ones(2, np.float32)).compile()
     line = {
         "ids": [turn.ids.tolist() for turn in turns],
         "logprobs": [[float(x).hex() for x in turn.logprobs] for turn in turns],

@@ -230,7 +230,7 @@ class Scripted:
     def release(self, ticket):
         pass
 
-    def start_visit(self, temperature):
+    def start_visit(self, temperature, top_p):
         self.started, self.pending = self.pending, []
 
     def finish_visit(self):

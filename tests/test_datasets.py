@@ -3,6 +3,7 @@
 import base64
 import collections
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -28,7 +29,7 @@ from elpo_jax.tasks.prompts import prompt_of
 from elpo_jax.tasks.published import PUBLISHED
 from elpo_jax.tasks.readers import content, content_hash, find_sources, raw_rows, read_row
 from elpo_jax.tasks.rows import Conversation, DatasetError, Row, answer_text, split_word
-from elpo_jax.tasks.store import open_rows, open_splits
+from elpo_jax.tasks.store import graders_of, open_rows, open_splits
 from elpo_jax.tasks.stream import TaskStream
 from elpo_jax.tools.calculator import Calculator
 from elpo_jax.tools.judge import parse_tests
@@ -158,10 +159,14 @@ def test_what_is_no_answer_is_refused(value):
 
 
 def test_integer_answers_have_one_form(tmp_path):
-    path = put(tmp_path / "t.jsonl", jsonl([{"problem": "p", "answer": a} for a in ("045", 45, 45.0, "45.0")]))
-    assert {row.answer for row in read("aime2024", path)} == {"45"}
-    with pytest.raises(DatasetError, match=r"t\.jsonl, line 1: its answer is not an integer"):
-        take("aime2024", put(path, jsonl([{"problem": "p", "answer": "1/2"}])), tmp_path / "out")
+    forms = ("045", 45, 45.0, "45.0", "$45$", r"45^\circ", r"$45^{\circ}$", "45°", r"45^{ \circ }")
+    path = put(tmp_path / "t.jsonl", jsonl([{"problem": "p", "answer": a} for a in forms]))
+    assert [row.answer for row in read("aime2024", path)] == ["45"] * len(forms)
+    for bad in ("1/2", "4 5", r"45^2", "45.5", "x=45"):
+        with pytest.raises(
+            DatasetError, match=r"t\.jsonl, line 1: its answer is not an integer: correct it, or give --f"
+        ):
+            take("aime2024", put(path, jsonl([{"problem": "p", "answer": bad}])), tmp_path / "out")
 
 
 def test_gsm8k_answers_lose_their_commas_and_keep_the_marked_solution(tmp_path):
@@ -267,16 +272,15 @@ def test_the_hash_is_of_the_content_and_not_of_its_form():
 
 
 def test_rows_without_an_answer_are_named_or_left_out(tmp_path):
-    answers = ["1", "", None, "  ", "what?", "2"]
+    answers = ["1", "", None, "  ", r"\frac{1}{", "2"]
     path = put(tmp_path / "t.jsonl", jsonl([{"problem": "p", "answer": a} for a in answers]))
     with pytest.raises(
-        DatasetError, match=r"3 rows cannot be graded \(t\.jsonl, line 2: it has no answer; .* line 4: .*--drop-"
+        DatasetError,
+        match=r"4 rows cannot be graded \(t\.jsonl, line 2: it has no answer; .* line 5: its answer is one .*--drop-",
     ):
         take("math500", path, tmp_path / "out")
-    with pytest.raises(DatasetError, match=r"4 rows .* line 5: its answer is one that no parser reads"):
-        take("math500", path, tmp_path / "out", readable=str.isdecimal)
     assert not (tmp_path / "out").exists()
-    manifest = take("math500", path, tmp_path / "out", drop_unanswered=True, readable=str.isdecimal)
+    manifest = take("math500", path, tmp_path / "out", drop_unanswered=True)
     assert (manifest["splits"]["test"]["rows"], manifest["splits"]["test"]["dropped"]) == (2, 4)
     assert [(row.id, row.answer) for row in open_rows(tmp_path / "out", "test")] == [("0", "1"), ("5", "2")]
 
@@ -433,6 +437,40 @@ def test_livecodebench_in_the_layout_for_rl(tmp_path):
     assert row.meta == {"tests": tests | {"fn_name": None}, "difficulty": "easy"} and row.problem == "Print n + 1."
 
 
+def test_livecodebench_is_cut_by_its_contests_days(tmp_path, capsys):
+    days = ["2025-01-31", "2025-02-01T00:00:00", "2025-03-01", "2025-05-01T23:59:59", "2025-05-02"]
+    rows = [lcb_row(question_id=str(i), contest_date=day) for i, day in enumerate(days)]
+    path = put(tmp_path / "test6.jsonl", jsonl(rows))
+    command = ["livecodebench_v6", "--from", str(path), "--out", str(tmp_path / "out"), "--format", "jsonl"]
+    prepare_module.main([*command, "--unchecked", "--from-date", "2025-02-01", "--to-date", "2025-05-01"])
+    assert "test: 3 rows, 0 left out" in (printed := capsys.readouterr().out) and "2 of other dates" in printed
+    kept = open_rows(tmp_path / "out", "test")
+    assert [(row.id, row.meta["contest_date"]) for row in kept] == [(str(i), days[i]) for i in (1, 2, 3)]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["from_date"], manifest["to_date"]) == ("2025-02-01", "2025-05-01")
+    assert manifest["splits"]["test"]["outside"] == 2 and manifest["splits"]["test"]["graders"] == ["program"]
+    everything = take("livecodebench_v6", path, tmp_path / "o2")
+    assert everything["splits"]["test"]["rows"] == 5 and everything["from_date"] is everything["to_date"] is None
+    assert everything["splits"]["test"]["sha256"] == manifest["splits"]["test"]["sha256"], "the hash is of the file"
+    # A parquet file may hold timestamps; a row without a date cannot be told.
+    timed = lcb_row(contest_date=datetime.datetime(2025, 3, 1))
+    (row,) = read("livecodebench_v6", put(tmp_path / "t.parquet", parquet([timed])))
+    assert row.meta["contest_date"] == "2025-03-01T00:00:00"
+    day = datetime.date(2025, 6, 1)
+    for name, source, options, said in (
+        ("livecodebench_v6", path, {"from_date": day}, r"no rows are left between the dates \(5 are outside\)"),
+        ("livecodebench_v6", path, {"from_date": day, "to_date": datetime.date(2025, 5, 1)}, "correct --from-date"),
+        ("livecodebench_v6", jsonl([lcb_row(contest_date=None)]), {"to_date": day}, "line 1: it has no contest_date"),
+        ("math500", LINES, {"to_date": day}, "math500 has no contest dates: .* livecodebench_v6 only"),
+    ):
+        source = put(tmp_path / "t.jsonl", source) if isinstance(source, bytes) else source
+        with pytest.raises(DatasetError, match=said):
+            take(name, source, tmp_path / "o3", **options)
+    with pytest.raises(SystemExit):
+        prepare_module.main([*command, "--from-date", "February"])
+    assert "'February' is no day such as 2025-02-01" in capsys.readouterr().err and not (tmp_path / "o3").exists()
+
+
 class Class:
     """Something that a pickle names, and would have made."""
 
@@ -583,9 +621,26 @@ def test_prepared_rows_are_read_at_random_and_damage_is_noticed(tmp_path):
     put(stored, b"".join([*lines[:-1], b"{\n"]))
     with pytest.raises(DatasetError, match="line 41 is damaged"):
         open_rows(tmp_path / "out", "test")[40]
-    put(tmp_path / "out" / "manifest.json", b'{"format": "jsonl"}')
-    with pytest.raises(DatasetError, match=r"manifest\.json is damaged"):
-        open_splits(tmp_path / "out")
+    manifest = tmp_path / "out" / "manifest.json"
+    for damaged in (b'{"format": "jsonl"}', manifest.read_bytes().replace(b'"math"', b'"regex"')):
+        put(manifest, damaged)
+        with pytest.raises(DatasetError, match=r"manifest\.json is damaged"):
+            open_splits(tmp_path / "out")
+
+
+def test_all_graders_of_a_split_are_known(tmp_path):
+    settings = {"ground_truth": {"inputs": ["1"], "outputs": ["2"]}}
+    code = {"data_source": "some-code", "prompt": [{"role": "user", "content": "p"}], "reward_model": settings}
+    path = put(tmp_path / "t.jsonl", jsonl([RL[0], json.loads(json.dumps(code)), RL[1]]))
+    manifest = take("open_agentrl_30k", path, tmp_path / "out")
+    assert manifest["splits"]["train"]["graders"] == ["math", "program"]
+    assert graders_of(open_rows(tmp_path / "out", "train")) == {"math", "program"}
+    mine = [{"problem": "p", "answer": 1}, {"problem": "q", "answer": "B", "grader": "letter"}]
+    assert graders_of(open_rows(put(tmp_path / "m.jsonl", jsonl(mine)), "train")) == {"math", "letter"}
+    said = [{"messages": [{"role": "assistant", "content": "x"}]}]
+    assert graders_of(open_rows(put(tmp_path / "c.jsonl", jsonl(said)), "train")) == set()
+    take("open_agentrl_sft_3k", tmp_path / "c.jsonl", tmp_path / "o2")
+    assert graders_of(open_rows(tmp_path / "o2", "train")) == set()
 
 
 def test_rows_of_ones_own(tmp_path):
@@ -614,6 +669,7 @@ def test_rows_of_ones_own(tmp_path):
         (b'{"answer": 1}', '"problem" must be text that is not empty'),
         (b'{"problem": "p"}', "it has no answer"),
         (b'{"problem": "p", "answer": ""}', "it has no answer"),
+        (b'{"problem": "p", "answer": "{1"}', "its answer is one that no parser reads"),
         (b'{"problem": "p", "answer": [1, 2]}', "the answer must be text or a finite number, not list"),
         (b'{"problem": "p", "answer": 1, "grader": "regex"}', '"grader" must be one of math, letter, program'),
         (b'{"problem": "p", "answer": "E", "grader": "letter"}', "not one of the letters A to D"),

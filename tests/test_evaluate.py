@@ -142,6 +142,7 @@ def test_the_protocol_says_everything_that_a_figure_depends_on():
         families={"wordmath": "200 tasks, 2 steps and 1 calls of slack", "ledger": "100 tasks, noise 0.25"},
         k=8,
         temperature=0.6,
+        top_p=0.9,
         seed=3,
         max_turn_tokens=64,
         context=256,
@@ -152,7 +153,7 @@ def test_the_protocol_says_everything_that_a_figure_depends_on():
     )
     assert protocol.line() == (
         "test split (wordmath: 200 tasks, 2 steps and 1 calls of slack; ledger: 100 tasks, noise 0.25), k=8, "
-        "temperature 0.6, seed 3, turn <= 64 tokens, context 256; "
+        "temperature 0.6, top-p 0.9, seed 3, turn <= 64 tokens, context 256; "
         "isolation of programs: namespaces; checker: wordmath: exact; maj@k ties: first; 95 % bootstrap"
     )
     unsafe = dataclasses.replace(protocol, isolation="unsafe")

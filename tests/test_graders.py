@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elpo_jax.tasks import verify
-from elpo_jax.tasks.exact import LONGEST, canonical_key, compare
+from elpo_jax.tasks import exact, verify
+from elpo_jax.tasks.exact import LONGEST, LONGEST_READABLE, canonical_key, compare, readable
 from elpo_jax.tasks.graders import Graders, last_fenced, strict_box, throughput
 from elpo_jax.tasks.math_worker import WorkerPool
 from elpo_jax.tools.base import InfrastructureError
@@ -39,6 +39,7 @@ SAME = (
     ("1,234", "1234"),
     ("1 234 567", "1234567"),
     ("1{,}234", "1234"),
+    (r"1{,}\!234", "1234"),
     (r"1\,234", "1234"),
     (r"11,\! 111,\! 111,\! 100", "11111111100"),
     (".5", "0.5"),
@@ -79,10 +80,30 @@ SAME = (
     (r"15\text{ cm^2}", r"15\mbox{ cm}^2"),
     ("15 cm", r"15\text{ cm}"),
     (r"5.4\text{ cent}", r"5.4 \text{ cents}"),
+    (r"864 \text{ square inches}", r"864 \mbox{ inches}^2"),
+    (r"864 \text{ sq. in.}", r"864 \mbox{ inches}^2"),
+    ("428 cm^2", r"428\text{ square centimeters}"),
+    (r"5225 \text{ in}^3", r"5225 \text{ cubic inches}"),
+    (r"12 \text{ units}^2", r"12\text{ square units}"),
+    (r"3 \text{ ft}", "3 feet"),
+    (r"20^\circ C", r"20^{\circ}\text{C}"),
+    (r"4:30 \text{ PM}", r"\text{4:30 p.m.}"),
+    (r"5\text{ km/h}", "5"),
+    (r"5\,\mathrm{m/s}", "5"),
+    (r"5\text{ m}", r"5\text{ meters}"),
+    (r"5\text{.}", "5"),
     # bases
     ("204_5", "204_{5}"),
     ("204", "204_5"),
     ("1010_{12}", "1010_{12}"),
+    (r"52_{\text{eight}}", "52_8"),
+    (r"52_\text{eight}", "52_8"),
+    ("52_{eight}", "52_8"),
+    (r"52 \text{ base } 8", "52_8"),
+    (r"52\text{ (base 8)}", "52_8"),
+    (r"52_{\text{base }8}", "52_{8}"),
+    ("52 in base eight", r"52_{\text{eight}}"),
+    (r"1A\ (\text{base } 16)", "1A_{16}"),
     # names before answers
     ("x = 57", "57"),
     ("57", "x=57"),
@@ -93,6 +114,9 @@ SAME = (
     ("(x, y) = (1, 2)", "(1,2)"),
     ("x = 1, -2", "1,-2"),
     (r"x=1 \text{ or } x=-2", "1,-2"),
+    ("x=20 or x=340", "20, 340"),
+    ("x=20, x=340", "x = 20, 340"),
+    ("x = 3", "x=3"),
     # groups
     (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac\pi2)"),
     ("(1, 2)", "(1,2.0)"),
@@ -100,6 +124,12 @@ SAME = (
     (r"\{1,-2\}", "1,-2"),
     ("{1, 2}", r"\{2, 1\}"),
     (r"5 \text{ and } 7", "7,5"),
+    (r"40 \text{ or } 320", "40, 320"),
+    (r"70 \text{ and } 110", "70, 110"),
+    (r"6, 8\text{, and }10", "6,8,10"),
+    ("1,000 and 2,000", "1000, 2000"),
+    ("(1,000, 2,000)", "(1000, 2000)"),
+    ("0,100", "0, 100"),
     (r"1+\sqrt{19}, 1-\sqrt{19}", r"1 \pm \sqrt{19}"),
     (r"\{-2, 1-\sqrt{5}, 1+\sqrt5\}", r"\{1\pm\sqrt{5},-2\}"),
     (r"(3,\infty) \cup (-\infty,2)", r"(-\infty, 2) \cup (3, \infty)"),
@@ -133,13 +163,25 @@ DIFFERENT = (
     ("-5", "5"),
     ("10%", "0.1"),  # a percent sign is a unit
     ("800%", "8"),
+    ("75\\%", r"\frac34"),
+    ("0.32", "33%"),
+    ("0.32\\%", "32%"),
     (r"864 \text{ inches}^1", r"864 \mbox{ inches}^2"),
     (r"15\text{ cm}", r"15\mbox{ cm}^2"),
     ("5 million", "5"),
     ("5 dozen", "5"),
+    (r"5\text{ cents}", r"5\text{ dollars}"),
+    (r"5\text{ cm}", r"5\text{ mm}"),
+    (r"5\text{ in}^2", r"5\text{ cubic inches}"),
+    (r"6:00 \text{ a.m.}", r"6:00 \text{ p.m.}"),
+    ("9 am", r"9\text{ p.m.}"),
+    (r"20^\circ C", r"20^\circ F"),
     ("204_9", "204_5"),
     ("204_0", "204_9"),
     ("204_5", "204"),
+    (r"204_{\text{nine}}", "204_5"),
+    (r"204\text{ base }9", "204_5"),
+    ("1A base 15", "1A_{16}"),
     ("1A_{16}", "1A_{15}"),
     ("204_{5x}", "204_5"),
     ("x_1", "x_2"),
@@ -151,6 +193,12 @@ DIFFERENT = (
     ("(3,4)", "(3,4]"),
     ("(1,2,3)", "(1,2)"),
     (r"(3,\sqrt{5})", r"(4,\sqrt{5})"),
+    (r"70 \text{ and } 110", "70110"),
+    ("3 or 400", "3400"),
+    ("0,123", "123"),
+    ("x = 3", "y = 3"),
+    ("y = 3x+1", "x = 3x+1"),
+    ("x_1 = 2", "x_2 = 2"),
     ("3,5", "5"),
     ("5 or 7", "5"),
     ("5, 7, 9", "5,7"),
@@ -208,9 +256,88 @@ def test_what_needs_algebra_is_left_open(answer, reference, same):
     assert compare(answer, reference) == "undecided"
 
 
-def test_a_list_in_parentheses_and_other_units_are_left_open():
-    for answer, reference in (("(1,2)", "1,2"), (r"5\text{ cents}", r"5\text{ dollars}"), ("x>0", r"(0,\infty)")):
-        assert compare(answer, reference) == "undecided"
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [
+        ("(1,2)", "1,2"),
+        ("x>0", r"(0,\infty)"),
+        # units that may be the same, and what is none
+        (r"5\text{ apples}", r"5\text{ fruits}"),
+        (r"5^\circ", r"5^\circ C"),
+        (r"5\mathrm{!}", "5"),
+        (r"5\mathrm{k}", "5"),
+        (r"5\text{ M}", "5"),
+        (r"3\text{+k}", "3"),
+        (r"3\text{-k}", "3"),
+        (r"7\text{ or more}", "7"),
+        (r"7\text{ mod}", "7"),
+        # names
+        ("(y,x)=(1,2)", "(x,y)=(1,2)"),
+        ("(y,x)=(2,1)", "(x,y)=(1,2)"),
+        ("f(x)=2x", "y=2x"),
+        ("A = 5", "a = 5"),
+        ("area = 5", "A = 5"),
+        ("y = x", "x = y"),
+    ],
+)
+def test_what_may_or_may_not_be_the_same_is_left_open(answer, reference):
+    assert compare(answer, reference) == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "outcome"),
+    [
+        ("70, 110", "70,110", "equal"),
+        ("110,70", "70,110", "equal"),
+        (r"70 \text{ and } 110", "70,110", "equal"),
+        (r"\{70, 110\}", "70,110", "equal"),
+        ("70,110", "110, 70", "equal"),
+        ("100,200,300", "100, 200, 300", "equal"),
+        ("x = 70, 110", "x=70,110", "equal"),
+        ("70, 111", "70,110", "different"),
+        ("70, 110", r"70{,}110", "different"),
+        ("70, 110", r"70,\!110", "different"),
+        ("70110", "70,110", "equal"),  # nobody knows
+        ("70,110", "(70,110)", "different"),
+        ("3,400 or 5", "3, 400, 5", "undecided"),
+    ],
+)
+def test_bare_commas_make_a_number_or_a_list(answer, reference, outcome):
+    assert compare(answer, reference) == outcome
+
+
+def test_a_share_is_its_percentage_where_the_reference_has_the_sign():
+    for answer in ("0.32", r"\frac{8}{25}", "32", "32%"):
+        assert compare(answer, r"32\%") == "equal"
+    for answer in ("0.032", "3200", "0.33"):
+        assert compare(answer, r"32\%") == "different"
+    assert compare("32%", "0.32") == "different"
+
+
+@pytest.mark.parametrize(
+    ("text", "can"),
+    [
+        ("5", True),
+        (r"\frac{1}{2}", True),
+        (r"\left[0, 1\right)", True),
+        (r"\left\{x, y \right.", True),
+        (r"]-\infty, 0]", True),
+        (r"\{1", True),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+        (r"x \leftarrow y", True),
+        ("9" * LONGEST_READABLE, True),
+        ("9" * (LONGEST_READABLE + 1), False),
+        ("", False),
+        (" $ $ ", False),
+        (r"\frac{1}{", False),
+        ("5}", False),
+        (r"\left(1, 2)", False),
+        (r"\frac{\left(1}{2\right)}", False),
+        (r"\begin{pmatrix} 1", False),
+    ],
+)
+def test_what_no_parser_reads(text, can):
+    assert readable(text) == can
 
 
 @given(st.fractions(max_denominator=10**6), st.fractions(max_denominator=10**6))
@@ -460,7 +587,18 @@ def test_many_rows_come_back_in_order_and_hostile_ones_stall_nobody(algebraic):
     assert [g.status for g in graded[50:54]] == ["timeout"] * 4
     assert [g.success for g in graded[:50] + graded[54:]] == [i % 2 == 0 for i in range(200)]
     assert spent < 4 * 1.0 + 6  # two at a time, and the time to start anew
-    assert throughput(algebraic, easy) > 0
+
+
+def test_throughput_counts_distinct_rows_that_nobody_read_before(algebraic, monkeypatch):
+    rows = [("math", f"\\boxed{{{i}}}", str(i), None) for i in range(300)]
+    graded = []
+    counted = algebraic.grade_many
+    monkeypatch.setattr(algebraic, "grade_many", lambda rows: graded.append(rows) or counted(rows))
+    algebraic.grade_many(rows)
+    assert throughput(algebraic, rows * 3) > 0
+    assert graded[1] == rows[1:] and exact._read.cache_info().misses == 299
+    with pytest.raises(ValueError, match="two rows or more that are distinct"):
+        throughput(algebraic, rows[:1] * 5)
 
 
 def test_no_box_is_no_answer_and_an_empty_reference_is_refused(algebraic):
@@ -735,6 +873,7 @@ def test_verify_other_checkers(tmp_path):
         ("math", row(1, {"a": 1}, "x"), "in.jsonl:2: the answer must be text"),
         ("math", row(1, "5", None), 'in.jsonl:2: "response" must be text'),
         ("math", "[" * 100_000, "in.jsonl:2: "),
+        ("math", row(1, r"\frac{1}{", "x"), 'in.jsonl:2: "reference" is one that no parser reads'),
         ("letter", row(1, "E", "x"), "in.jsonl:2: "),
         ("program", row(1, "5", "x"), 'in.jsonl:2: "reference" must be the tests'),
     ],
@@ -754,9 +893,15 @@ def test_verify_names_other_trouble(tmp_path, capsys):
         ("latin.jsonl", "out.jsonl", "latin.jsonl:1: "),
         ("missing.jsonl", "out.jsonl", "missing.jsonl"),
         ("in.jsonl", "no/out.jsonl", "make it first"),
+        ("in.jsonl", "in.jsonl", "in.jsonl is what is graded: name another file"),
     ):
         assert verify.main(["--checker", "math", "--exact", str(tmp_path / source), str(tmp_path / target)]) == 1
         assert said in capsys.readouterr().err
+    assert (tmp_path / "in.jsonl").read_bytes() == b"\n"
+    for flag, value in (("--workers", "0"), ("--deadline", "nan")):
+        paths = [str(tmp_path / name) for name in ("in.jsonl", "out.jsonl")]
+        assert verify.main(["--checker", "math", "--exact", flag, value, *paths]) == 1
+        assert f"{flag}={value}: it must be" in capsys.readouterr().err
 
 
 def test_wilson():

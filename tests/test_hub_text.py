@@ -1,5 +1,6 @@
 """Published tokenizers and templates: the strings and ids that transformers has, and no text becomes a token."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -13,16 +14,19 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from elpo_jax.model.hf_config import read_eos_ids
+from elpo_jax.tasks.rows import Conversation
 from elpo_jax.text.chat import ChatFormat, Message, check_control, tool_schema
 from elpo_jax.text.hub_sentencepiece import SentencePieceHub
 from elpo_jax.text.hub_tokenizer import HubTokenizer, load_tokenizer, train_bpe
 from elpo_jax.text.parser import ERRORS, LLAMA_ERRORS, MAX_CALL_CHARS, call_text, llama_call_text
 from elpo_jax.text.template import Template, TemplateError, load_templates
 from elpo_jax.text.template_chat import load_chat
-from elpo_jax.text.tokenizer import CONTROL
+from elpo_jax.text.tokenizer import CONTROL, ByteTokenizer
 from elpo_jax.tools.base import Status, ToolCall, ToolResult
 from elpo_jax.tools.calculator import Calculator
 from elpo_jax.tools.interpreter import CodeInterpreter
+from elpo_jax.trees.transcripts import TranscriptError, transcript
 
 transformers = pytest.importorskip("transformers")
 
@@ -596,6 +600,72 @@ def test_the_time_is_that_of_loading(folders, tmp_path):
     chat = load_chat(tmp_path)
     assert chat.append_only and chat.prompt("a", ()).tolist() == chat.prompt("a", ()).tolist()
     assert chat.tokenizer.decode(chat.prompt("a", ())).startswith("20")
+    fixed = load_chat(tmp_path, now=lambda: datetime.datetime(2024, 7, 26))
+    assert fixed.tokenizer.decode(fixed.prompt("a", ())).startswith("2024-07-26 000000<|im_start|>")
+    later = load_chat(tmp_path, now=lambda: datetime.datetime(2024, 7, 27))
+    assert len({chat.fingerprint, fixed.fingerprint, later.fingerprint}) == 3
+
+
+def test_the_fingerprint_is_of_all_that_decides_the_ids(make_chat):
+    same = [make_chat("chatml")[0] for _ in range(2)]
+    others = [
+        make_chat("chatml", {"enable_thinking": False})[0],
+        make_chat("chatml", system="")[0],
+        make_chat("chatml", system="Be brief.")[0],
+        make_chat("chatml", call_format="llama")[0],
+        make_chat("chatml", eos_ids=[3])[0],
+        make_chat("headers")[0],
+    ]
+    assert same[0].fingerprint == same[1].fingerprint and len(same[0].fingerprint) == 64
+    assert len({chat.fingerprint for chat in (same[0], *others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "llama3"])
+def test_no_system_message_and_an_empty_one_are_those_of_transformers(make_chat, name):
+    options = {"date_string": "26 Jul 2024"}
+    question = {"role": "user", "content": "Why?"}
+    texts = set()
+    for system in (None, "", "Be brief."):
+        chat, theirs = make_chat(name, options, system=system)
+        messages = [question] if system is None else [{"role": "system", "content": system}, question]
+        for tools in ((), TOOLS):
+            ids = chat.prompt("Why?", tools).tolist()
+            assert ids == whole_ids(theirs, messages, tools, **options)
+            texts.add(tuple(ids))
+    assert len(texts) >= 4
+
+
+@pytest.mark.parametrize("name", ["chatml", "headers", "qwen2_5", "qwen3_instruct_2507", "llama3_1"])
+def test_recorded_schemas_are_written_to_the_letter(make_chat, name):
+    """Keys in their order, keys that are not ours, no description, and a bare function."""
+    parameters = {"type": "object", "properties": {"code": {"type": "string", "description": "<é> & <|im_end|>"}}}
+    recorded = [
+        {"type": "function", "function": {"name": "f", "description": "d", "parameters": parameters, "strict": False}},
+        {"function": {"parameters": parameters, "name": "g"}, "type": "function"},
+        {"type": "function", "function": {"name": "h", "description": None, "parameters": None}},
+        {"name": "i", "description": "bare"},
+    ]
+    options = {"date_string": "26 Jul 2024"}
+    chat, theirs = make_chat(name, options)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"code": "1 < 2"}}}
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages += [{"role": "tool", "content": "1"}, {"role": "assistant", "content": "So."}]
+    for tools in (recorded, *([tool] for tool in recorded)):
+        trajectory = transcript(chat, Conversation("row", messages, tools, {}))
+        expected = theirs.apply_chat_template(messages, tools, tokenize=False, **options)
+        assert chat.tokenizer.decode(trajectory.ids()) == expected.removesuffix("\n")
+    ours = ChatFormat(ByteTokenizer(), "schema")
+    text = ours.tokenizer.decode(transcript(ours, Conversation("row", messages, recorded, {})).ids())
+    assert "".join(json.dumps(tool, ensure_ascii=False) + "\n" for tool in recorded) in text
+
+
+def test_a_conversation_that_the_template_refuses_is_refused_by_name(folders, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((folders["qwen"] / "tokenizer.json").read_bytes())
+    picky = "{% if messages[0].content == 'no' %}{{ raise_exception('Not that.') }}{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(picky + CHATML)
+    messages = [{"role": "user", "content": "no"}, {"role": "assistant", "content": "So."}]
+    with pytest.raises(TranscriptError, match=r"^row: the chat template .* refuses a conversation of user: Not that\."):
+        transcript(load_chat(tmp_path), Conversation("row", messages, [], {}))
 
 
 def test_a_template_that_matches_answers_to_calls_is_content(folders, tmp_path):
@@ -839,8 +909,11 @@ def test_special_tokens_of_older_folders_are_read(folders, tmp_path):
             CHATML.replace("== 'tool'", "== 'tool' and raise_exception('No tools.')"),
             "refuses .*user, assistant, tool: No",
         ),
-        ("{{ tool_calls }}[TOOL_CALLS]", 'a format that is not read: give call_format "hermes" or "llama"'),
-        ("<tool_call><function={{ tool_calls }}", 'a format that is not read: give call_format "hermes" or "llama"'),
+        ("{{ tool_calls }}[TOOL_CALLS]", "not read: set tokenizer.call_format to hermes or llama"),
+        (
+            "<tool_call><function={{ tool_calls }}",
+            "not read: set tokenizer.call_format to hermes or llama",
+        ),
         (None, "has no chat template: copy the checkpoint's tokenizer_config.json"),
         (7, "is neither a string nor a list"),
         ([{"name": "a"}], "is neither a string nor a list"),
@@ -889,6 +962,10 @@ def test_unusable_folders_and_files_are_refused_with_a_remedy(folders, tmp_path)
         (json.dumps({**good, "decoder": {"type": "WordPiece", "prefix": "#", "cleanup": True}}), "decoder .*WordPiece"),
         (json.dumps(wrong_id), r"the added token '</think>' the id 999, not"),
         (json.dumps(twice), "has the added token .* twice"),
+        (
+            json.dumps({**good, "added_tokens": [{"id": 500, "content": 5}]}),
+            "is damaged .*content is 5, which",
+        ),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=rf"tokenizer\.json .*{message}.*"):
@@ -899,6 +976,16 @@ def test_unusable_folders_and_files_are_refused_with_a_remedy(folders, tmp_path)
         ("tokenizer_config.json", "{", "tokenizer_config.json is damaged"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"500": {"content": "<x>"}}}', "'<x>' with id 500, which"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"9999": {"content": "<x>"}}}', "of different checkpoints"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"500": {"content": 5}}}',
+            "content is 5, which is no",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": [502, 510]}',
+            "510 is none of the tokenizer's 510 ids",
+        ),
         ("generation_config.json", "[]", "generation_config.json holds no JSON object"),
         ("generation_config.json", '{"eos_token_id": "</s>"}', "neither an id nor a list of ids: '</s>'"),
         ("special_tokens_map.json", "\xff", "special_tokens_map.json is no JSON"),
@@ -908,6 +995,53 @@ def test_unusable_folders_and_files_are_refused_with_a_remedy(folders, tmp_path)
             load_chat(tmp_path)
         (tmp_path / name).unlink()
     assert load_chat(tmp_path).stop_ids == (502,)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("value", ["absent", None, 7, [], [7, 9], [7, None], "7", True, -1, {}])
+def test_eos_ids_are_read_alike_by_text_and_model(folders, tmp_path, name, value):
+    (tmp_path / "tokenizer.json").write_bytes((folders["qwen"] / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    (tmp_path / name).write_text(json.dumps({} if value == "absent" else {"eos_token_id": value}))
+    try:
+        ids = read_eos_ids(tmp_path)
+    except ValueError as error:
+        with pytest.raises(ValueError) as ours:
+            load_chat(tmp_path)
+        assert str(ours.value) == str(error)
+        assert value in ([7, None], "7", True, -1, {})
+    else:
+        assert load_chat(tmp_path).stop_ids == (502, *ids)
+
+
+@pytest.mark.parametrize("kind", ["first", "always", "prepend"])
+@pytest.mark.parametrize("prefix", [False, None])
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_a_llama_tokenizer_that_transformers_changes_on_loading_is_refused(folders, tmp_path, kind, legacy, prefix):
+    """All others have its ids; and so has a refused one when what the message says was done."""
+    (tmp_path / "tokenizer.json").write_bytes((folders[kind] / "tokenizer.json").read_bytes())
+    path = tmp_path / "tokenizer_config.json"
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_prefix_space": prefix}
+
+    def both():
+        path.write_text(json.dumps(config))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        ours = load_tokenizer(tmp_path)
+        end = ours.control["<|end|>"]
+        parts = (["the sum", end, "of 12"], [end, "the", end, "x"])
+        texts = ("the sum<|end|>of 12", "<|end|>the<|end|>x")
+        return [ours.encode_parts(p) for p in parts], [theirs.encode(t, add_special_tokens=False) for t in texts]
+
+    if prefix is None and bool(legacy) == (kind != "first"):
+        assert both()[0] == both()[1]
+        return
+    right = kind != "first"
+    with pytest.raises(ValueError, match=rf"have different ids: set legacy to {str(right).lower()}") as error:
+        both()
+    assert ("take add_prefix_space out" in str(error.value)) == (prefix is False)
+    config |= {"legacy": right, "add_prefix_space": None}
+    assert both()[0] == both()[1]
 
 
 # --- byte-level BPE of our own

@@ -57,7 +57,8 @@ with jax.set_mesh(mesh):
     state = init_state(config.model, footprint.rl_optimizer(config), jax.random.key(0), mesh)
     sampler = Sampler(config.model, config.sampler, (0,), 0, mesh)
     sampler.load(state.params, 0)
-real = {"parameters": held(state.params), "optimizer": held(state.opt_state),
+    begun = jax.tree.map(lambda x: x.copy(), state.params)
+real = {"parameters": held(state.params), "optimizer": held(state.opt_state), "cold start's parameters": held(begun),
         "sampler's parameters": held(sampler._params), "KV cache": held(sampler._cache)}
 lines = {}
 for phase in plan.PHASES:

@@ -83,6 +83,9 @@ def test_the_weights_come_in_and_go_out_and_the_template_is_the_one_that_speaks(
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (2, 9))
     logits = [hf_models.reference_logits(hf_models.read(folder), ids) for folder in (published, tmp_path / "out")]
     np.testing.assert_array_equal(*logits)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (published / name).read_bytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 2048
 
 
 def test_what_does_not_fit_is_told_before_anything_is_read(published, tmp_path):
@@ -98,7 +101,8 @@ def test_what_does_not_fit_is_told_before_anything_is_read(published, tmp_path):
 
 
 def test_the_source_decides_the_network_and_the_config_how_it_computes(published):
-    config = override(Config(), [f"model.source={published}", "model.dtype=bfloat16", "model.remat=true"])
+    start = [f"model.source={published}", "tokenizer.kind=checkpoint", "model.dtype=bfloat16", "model.remat=true"]
+    config = override(Config(), start)
     model = with_weights_shape(config).model
     assert (model.d_model, model.layers, model.dtype, model.param_dtype, model.remat) == (
         48,

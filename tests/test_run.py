@@ -111,7 +111,7 @@ def test_a_run_without_isolation_is_marked_in_every_row_and_at_the_head_of_its_r
                 with run.open_log(folder, 1, environment) as log:  # as after --resume
                     log.write({"step": 2})
                 assert read_metrics(folder / "metrics.jsonl") == [{"step": 1} | mark, {"step": 2} | mark]
-            protocol = run.protocol_of(tiny.get_config(), environment, "test", {}, 2, 1.0)
+            protocol = run.protocol_of(tiny.get_config(), environment, "test", {}, 2, 1.0, 1.0)
         assert ("NONE (unsafe)" in protocol.line()) == bool(mark)
         notes = payload(workdir)["notes"]
         assert (notes[0] == UNSAFE) == bool(mark) and (UNSAFE in notes) == bool(mark)
@@ -162,7 +162,7 @@ def test_a_checkpoint_says_what_it_is_and_is_not_taken_for_another_stages(tiny_r
 
 
 def test_a_stage_goes_on_from_its_own_checkpoint_alone(capsys):
-    meta = {"stage": "elpo", "config": {"seed": 0}, "tokenizer": "abc"}
+    meta = {"stage": "elpo", "config": {"seed": 0}, "tokenizer": "abc", "chat": "def"}
     saved = meta | {"step": 3, "versions": versions()}
 
     def go_on(**changes):
@@ -174,6 +174,7 @@ def test_a_stage_goes_on_from_its_own_checkpoint_alone(capsys):
         ({"stage": "grpo"}, "stage: 'grpo' -> 'elpo'"),
         ({"config": {"seed": 1}}, "config.seed: 1 -> 0"),
         ({"tokenizer": "abd"}, "another tokenizer"),
+        ({"chat": "deg"}, "another chat template"),
     ):
         with pytest.raises(CheckpointError, match=words):
             go_on(**changes)

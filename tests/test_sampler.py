@@ -622,3 +622,40 @@ def test_prefill_pieces_cover_what_is_missing_without_much_padding(missing, buck
         assert piece == min(buckets) or 4 * (missing - covered) >= 3 * piece
         covered += piece
     assert covered >= missing
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.6, 0.95, 0.999])
+def test_the_nucleus_is_that_of_sorting(top_p):
+    rng = np.random.default_rng(0)
+    weights = np.exp(3 * rng.standard_normal((40, 517))).astype(np.float32)
+    weights /= weights.max(axis=1, keepdims=True)
+    weights[0] = 1.0  # ties stay together
+    weights[1, 1:] = 0.0
+    kept = np.asarray(jax.jit(decode.nucleus)(weights, np.float32(top_p)))
+    for row, got in zip(weights.astype(np.float64), kept, strict=True):
+        order = np.sort(row)[::-1]
+        last = order[np.searchsorted(np.cumsum(order), top_p * row.sum() * (1 - 1e-6))]
+        np.testing.assert_array_equal(got, np.where(row >= last, row, 0).astype(np.float32))
+
+
+def test_sampling_keeps_to_the_nucleus_and_its_proportions(sampler):
+    logits = np.log(np.array([[0.4, 0.05, 0.3, 0.2, 0.05]], np.float32))
+    uniforms = (np.arange(1000, dtype=np.float32) + 0.5) / 1000
+    draw = jax.jit(jax.vmap(lambda u, p: decode.sample(logits, u[None], np.float32(1), p)[0], (0, None)))
+    for top_p, kept in ((0.6, {0: 4 / 7, 2: 3 / 7}), (0.8, {0: 4 / 9, 2: 3 / 9, 3: 2 / 9}), (0.39, {0: 1.0})):
+        ids, counts = np.unique(draw(uniforms, np.float32(top_p)), return_counts=True)
+        assert ids.tolist() == sorted(kept)
+        np.testing.assert_allclose(counts / 1000, [kept[i] for i in ids], atol=2e-3)
+    prompt = Request((text(5, 1),), (0, 0, 0, 1), 12)
+    ready(sampler)
+    greedy = sampler.generate(PARAMS, [prompt], 0.0)[0]
+    sampler.load(PARAMS, version=0)
+    ticket = sampler.submit(prompt)
+    done = []
+    while not done:
+        done = sampler.visit(1.0, top_p=1e-6)
+    sampler.release(ticket)
+    np.testing.assert_array_equal(done[0].segment.ids, greedy.ids)
+    for top_p in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="top_p="):
+            sampler.visit(1.0, top_p=top_p)

@@ -304,6 +304,12 @@ def test_the_schema_listing_shows_real_tags_and_cannot_be_injected(tokenizer):
         ChatFormat(tokenizer, tool_listing="schemas")
 
 
+def test_chat_formats_that_write_differently_have_different_fingerprints():
+    names, schema = (ChatFormat(ByteTokenizer(), tool_listing=listing) for listing in ("names", "schema"))
+    assert len(names.fingerprint) == 64 and names.fingerprint != schema.fingerprint
+    assert names.fingerprint == ChatFormat(ByteTokenizer()).fingerprint
+
+
 # --- no text becomes a control token
 
 

@@ -27,6 +27,7 @@ CALL = {
 }
 ANSWER = {"role": "tool", "content": "4"}
 FINAL = {"role": "assistant", "content": "It is \\boxed{4}."}
+INLINE = "I add.\n" + call_text("code_interpreter", {"code": "2 + 2"})
 
 
 def conversation(*messages):
@@ -43,7 +44,7 @@ def test_a_conversation_is_what_the_chat_format_writes_and_the_assistant_is_the_
         Message("tool", "4"),
         Message("assistant", chat.turn(FINAL["content"])),
     ]
-    tools = [OfferedTool("code_interpreter", "Runs code.", {"type": "object"})]
+    tools = [OfferedTool("code_interpreter", TOOL)]
     assert recorded.ids().tolist() == chat.render(messages, tools).tolist()
     mask = recorded.step_ids()
     for number, text in ((1, call), (2, FINAL["content"])):
@@ -64,16 +65,73 @@ def test_a_conversation_is_what_the_chat_format_writes_and_the_assistant_is_the_
         ((QUESTION, CALL | {"tool_calls": CALL["tool_calls"] * 2}, ANSWER, FINAL), "2 calls in a turn"),
         ((QUESTION, CALL | {"tool_calls": [{"name": "f", "arguments": "{"}]}, ANSWER, FINAL), "a JSON object"),
         ((QUESTION, CALL | {"tool_calls": [{"arguments": {}}]}, ANSWER, FINAL), "without a name"),
+        ((QUESTION, FINAL | {"reasoning_content": "Hm."}), "reasoning_content, which would be dropped"),
+        ((QUESTION | {"content": [{"type": "text", "text": "?"}]}, FINAL), "of role user whose content is no text"),
+        ((QUESTION, CALL, ANSWER | {"content": 4}, FINAL), "of role tool whose content is no text"),
+        ((QUESTION, FINAL | {"content": {"text": "4"}}), "of role assistant whose content is no text"),
+        ((QUESTION, FINAL | {"content": INLINE}), "nothing answers"),
+        ((QUESTION, CALL | {"content": INLINE}, ANSWER, FINAL), r"not read \(several_calls\)"),
+        ((QUESTION, {"role": "assistant", "content": INLINE * 2}, ANSWER, FINAL), r"not read \(several_calls\)"),
+        ((QUESTION, {"role": "assistant", "content": INLINE[:-9]}, ANSWER, FINAL), r"not read \(unclosed\)"),
     ],
 )
 def test_other_conversations_are_no_attempts(messages, why):
     with pytest.raises(TranscriptError, match=f"row-1.*{why}"):
         transcript(ChatFormat(ByteTokenizer()), conversation(*messages))
-    assert system_of(conversation(*messages)) == ""
+    assert system_of(conversation(*messages)) is None
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"a": 1},
+        "f",
+        ["f"],
+        [None],
+        [{"type": "function", "function": None}],
+        [{"function": ["f"]}],
+        [{"function": {"name": None, "arguments": {}}}],
+        [{"function": {"name": "", "arguments": {}}}],
+        [{"function": {"name": "f", "arguments": None}}],
+        [{"function": {"name": "f", "arguments": "[1]"}}],
+        [{"function": {"name": "f", "arguments": '{"x": NaN}'}}],
+        [{"function": {"name": "f", "arguments": '{"x": 1e999}'}}],
+        [{"function": {"name": "f", "arguments": "[" * 100_000}}],
+        [{"function": {"name": "f", "arguments": {"x": float("inf")}}}],
+        [{"function": {"name": "f", "arguments": {"x": "</tool_call>"}}}],
+        [{"function": {"name": "f", "arguments": {"x": "y" * 70_000}}}],
+    ],
+    ids=lambda calls: str(calls)[:60],
+)
+def test_what_is_no_call_is_refused_by_the_rows_name(calls):
+    chat = ChatFormat(ByteTokenizer())
+    for rest in ((ANSWER, FINAL), ()):
+        with pytest.raises(TranscriptError, match="row-1"):
+            transcript(chat, conversation(QUESTION, CALL | {"tool_calls": calls}, *rest))
+
+
+@pytest.mark.parametrize("tool", [None, "f", {}, {"type": "function", "function": None}, {"function": {"name": 1}}])
+def test_what_is_no_schema_is_refused_by_the_rows_name(tool):
+    with pytest.raises(TranscriptError, match="row-1 offers a tool without a name"):
+        transcript(ChatFormat(ByteTokenizer()), Conversation("row-1", (QUESTION, FINAL), [tool], {}))
+
+
+def test_a_call_in_the_text_is_a_call():
+    chat = ChatFormat(ByteTokenizer())
+    spelled = transcript(chat, conversation(QUESTION, {"role": "assistant", "content": INLINE}, ANSWER, FINAL))
+    listed = transcript(chat, conversation(QUESTION, CALL, ANSWER, FINAL))
+    assert spelled.ids().tolist() == listed.ids().tolist()
+    assert spelled.steps[0].call == listed.steps[0].call and spelled.steps[0].text == listed.steps[0].text == INLINE
+
+
+def test_an_empty_system_message_is_one():
+    assert system_of(conversation({"role": "system", "content": ""}, QUESTION, FINAL)) == ""
+    assert system_of(conversation({"role": "system", "content": "Be brief."}, QUESTION, FINAL)) == "Be brief."
+    with pytest.raises(TranscriptError, match="row-1 has a message of role system whose content is no text"):
+        system_of(conversation({"role": "system", "content": ["Be brief."]}, QUESTION, FINAL))
 
 
 def test_a_run_learns_from_the_conversations_it_is_given(tmp_path):
-
     rows = [{"messages": [QUESTION, CALL, ANSWER, FINAL], "tools": [TOOL]}] * 3
     rows += [{"messages": [QUESTION, CALL, ANSWER], "tools": [TOOL]}]
     rows += [{"messages": [QUESTION | {"content": "x" * 9000}, FINAL], "tools": [TOOL]}]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import pathlib
 import re
@@ -101,7 +102,7 @@ def test_logits_equal_transformers(hf, models, tmp_path, kind):
     assert read_hf_config(folder) == new and "rope_parameters" not in (folder / "config.json").read_text()
 
 
-@pytest.mark.parametrize("kind", ["qwen2_yarn", "qwen3", "llama3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_logits_are_as_exact_as_transformers(hf, models, tmp_path, kind):
     """An ulp is that of the largest logit. Both round differently inside, so both are measured against float32."""
     folder, ids = hf.save(models(kind), tmp_path, dtype="bfloat16"), rows(100, 60, 7)
@@ -113,8 +114,9 @@ def test_bfloat16_logits_are_as_exact_as_transformers(hf, models, tmp_path, kind
     ulp = 2.0 ** (np.floor(np.log2(np.abs(half).max())) - 7)
     assert np.abs(ours - exact).max() < np.abs(half - exact).max() + 2 * ulp
     assert np.sqrt(np.mean((ours - half) ** 2)) < ulp
-    wide = our_logits(folder, ids, dtype="float32", param_dtype="float32")[real]
-    assert np.abs(wide - exact).max() < 2e-5
+    if kind == "qwen3":  # the same file in float32
+        wide = our_logits(folder, ids, dtype="float32", param_dtype="float32")[real]
+        assert np.abs(wide - exact).max() < 2e-5
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2_yarn", "llama3"])
@@ -127,6 +129,20 @@ def test_far_positions_equal_transformers(hf, models, tmp_path, kind):
     hidden, _ = apply(config, weights.load(folder, config), ids, positions)
     ours = unembed(config, weights.load(folder, config), hidden)
     assert np.abs(ours - hf.reference_logits(model, ids, positions)).max() < 1e-4
+
+
+@pytest.mark.parametrize("beside", [16, None])
+def test_the_original_context_can_stand_beside_the_rope_scaling(hf, models, tmp_path, beside):
+    """Some files have it there; where it is nowhere, it is max_position_embeddings."""
+    folder, ids = hf.save(models("qwen2_yarn"), tmp_path), rows(100)
+    hf.to_old_form(folder)
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    values["rope_scaling"] = {"type": "yarn", "factor": 4.0}
+    values |= {"max_position_embeddings": 64} | ({"original_max_position_embeddings": beside} if beside else {})
+    path.write_text(json.dumps(values))
+    assert read_hf_config(folder).rope_scaling.original_context == (beside or 64)
+    assert np.abs(our_logits(folder, ids) - hf.reference_logits(hf.read(folder), ids)).max() < 2e-5
 
 
 @pytest.mark.parametrize(
@@ -313,12 +329,47 @@ def test_import_and_export_on_the_command_line(checkpoint, tmp_path, capsys):
     before = content(out)
     assert weights.main(["import", str(checkpoint), str(out)]) == 2 and "exists already" in capsys.readouterr().err
     assert content(out) == before
-    damaged = max((out / "params").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
-    with pytest.raises(ValueError, match="SHA-256"):
-        weights.load(out, config)
     with pytest.raises(ValueError, match=r"model\.d_ff is 24 there and 32"):
         weights.load(out, dataclasses.replace(config, d_ff=32))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax drops its other reads
+def test_a_damaged_import_is_refused_by_name(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    config = weights.import_checkpoint(checkpoint, out)
+    largest = max((out / "params").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    data, sums = largest.read_bytes(), (out / "SHA256SUMS").read_text()
+
+    def refused(change, said):
+        change()
+        with pytest.raises(ValueError, match=said) as error:
+            weights.load(out, config)
+        assert str(out) in str(error.value) and "import the checkpoint again" in str(error.value)
+        largest.write_bytes(data)
+        (out / "SHA256SUMS").write_text(sums)
+
+    refused(lambda: largest.write_bytes(data[:-1] + b"\0"), "is damaged .its SHA-256")
+    refused(largest.unlink, f"{largest.name} is missing")
+    refused((out / "SHA256SUMS").unlink, "SHA256SUMS is missing, or names no files of params/")
+    refused(lambda: (out / "SHA256SUMS").write_text(""), "SHA256SUMS is missing, or names no files of params/")
+    same(weights.load(out, config), make_params(SMALL))
+    # Files that are all there, of another network than model.json says.
+    (out / "model.json").write_text(json.dumps(dataclasses.asdict(dataclasses.replace(config, d_ff=32))))
+    config = read_hf_config(out)
+    refused(lambda: None, "params does not hold the parameters of its network")
+    gc.collect()  # what orbax dropped is warned of here
+
+
+def test_a_link_to_an_empty_folder_is_filled(checkpoint, tmp_path):
+    """And the link stays; a folder that is not empty is as untouched behind a link."""
+    (tmp_path / "disk" / "x").mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "x")
+    weights.export(make_params(SMALL), SMALL, link)
+    assert link.is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["x"]
+    same(weights.load(link, SMALL), make_params(SMALL))
+    with pytest.raises(ValueError, match="exists already"):
+        weights.import_checkpoint(checkpoint, link)
 
 
 def test_a_stage_of_a_run_is_exported(tmp_path, capsys):
@@ -326,7 +377,10 @@ def test_a_stage_of_a_run_is_exported(tmp_path, capsys):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = make_optimizer(OptimizerConfig(), 10)
     config = dataclasses.replace(SMALL, layers=1, rope_scaling=RopeScaling("yarn", 2.0, 64))
-    meta = {"config": {"model": dataclasses.asdict(config), "tokenizer": {"source": ""}}}
+    # A tokenizer of its own, whatever else is named.
+    numbers = {"kind": "bpe", "source": str(tmp_path / "gone")}
+    meta = {"config": {"model": dataclasses.asdict(config), "tokenizer": numbers}}
+    (tmp_path / "w" / "sft" / "checkpoints").mkdir(parents=True)
     checkpoints = Checkpoints(tmp_path / "w" / "elpo" / "checkpoints")
     first = init_state(config, optimizer, jax.random.key(0), mesh)
     states = {1: first, 2: first.replace(params=make_params(config))}
@@ -346,12 +400,57 @@ def test_a_stage_of_a_run_is_exported(tmp_path, capsys):
     for arguments, said in (
         ([stage], r"is damaged \(its SHA-256 is not the one recorded\): take another with --step \(1\)"),
         ([stage, "--step", "7"], "has no checkpoint 7: there are 1, 2"),
+        ([str(tmp_path / "w" / "sft")], "sft has no checkpoint: this stage made no steps"),
         ([str(tmp_path / "w")], "name one of its stages, .*w/elpo"),
         ([str(tmp_path)], "give the folder of a stage"),
     ):
         assert weights.main(["export", arguments[0], str(tmp_path / "x"), *arguments[1:]]) == 2
         error = capsys.readouterr().err
         assert re.search(said, error), error
+    assert not list(tmp_path.glob("*x*"))
+
+
+def test_settings_are_those_of_the_weights_and_tokenizers_may_be_anothers(tmp_path, capsys):
+    """The folders that a run was given; one that was moved is an error, and can be named."""
+    hub, other = tmp_path / "hub", tmp_path / "other"
+    config = dataclasses.replace(SMALL, layers=1, source=str(hub))
+    weights.export(make_params(config), config, hub)
+    values = json.loads((hub / "config.json").read_text())
+    (hub / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 777, "eos_token_id": 5}))
+    (hub / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    (hub / "tokenizer.json").write_text('"of the weights"')
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "gemma2", "max_position_embeddings": 8, "eos_token_id": 1}')
+    (other / "generation_config.json").write_text('{"eos_token_id": 1}')
+    (other / "tokenizer.json").write_text('"of another"')
+    (other / "chat_template.jinja").write_text("")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = init_state(config, make_optimizer(OptimizerConfig(), 10), jax.random.key(0), mesh)
+    stages = {}
+    for name, source in (("own", ""), ("others", str(other))):
+        meta = {"config": {"model": dataclasses.asdict(config), "tokenizer": {"kind": "checkpoint", "source": source}}}
+        stages[name] = str(tmp_path / name)
+        Checkpoints(tmp_path / name / "checkpoints").save(1, state, meta)
+
+    def exported(stage, *arguments):
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        assert weights.main(["export", stages[stage], str(out), *arguments]) == 0
+        values = json.loads((out / "config.json").read_text())
+        files = {path.name for path in out.iterdir()} - {"config.json", weights.SINGLE}
+        return values["max_position_embeddings"], read_eos_ids(out), (out / "tokenizer.json").read_text(), files
+
+    settings, files = (777, (5, 6)), {"tokenizer.json", "generation_config.json"}
+    assert exported("own") == (*settings, '"of the weights"', files)
+    assert exported("others") == (*settings, '"of another"', files | {"chat_template.jinja"})
+    hub.rename(tmp_path / "moved")
+    for stage in stages:
+        assert weights.main(["export", stages[stage], str(tmp_path / "x")]) == 2
+        error = capsys.readouterr().err
+        assert f"there is no folder {hub}" in error and "--copy-from" in error
+    assert exported("own", "--copy-from", str(tmp_path / "moved")) == (*settings, '"of the weights"', files)
+    assert exported("own", "--copy-from", str(other))[:2] == (32768, (1,))
+    with pytest.raises(ValueError, match=r"no folder .*nowhere, .*--copy-from"):
+        weights.export(make_params(config), config, tmp_path / "x", copy_from=tmp_path / "nowhere")
     assert not list(tmp_path.glob("*x*"))
 
 
@@ -498,7 +597,9 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768
         ({"hidden_size": "16"}, "model.d_model must be a positive integer, not '16'"),
         ({"num_key_value_heads": 3}, "model.heads=4 is not a multiple of model.kv_heads=3"),
         ({"tie_word_embeddings": "false"}, 'tie_word_embeddings="false" is damaged'),
-        ({"rms_norm_eps": "x"}, "config.json"),
+        ({"rms_norm_eps": "1e-6"}, 'rms_norm_eps="1e-6" is damaged: it is a number'),
+        ({"rope_theta": "1e6"}, 'rope_theta="1e6" is damaged: it is a number'),
+        ({"rope_parameters": {"rope_theta": True}}, "rope_theta=true is damaged: it is a number"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, changes, said):

@@ -133,6 +133,8 @@ def from_hf(values: Mapping[str, Any]) -> ModelConfig:
     tied = values.get("tie_word_embeddings") or False
     if not isinstance(tied, bool):
         raise ValueError(f"tie_word_embeddings={_short(tied)} is damaged: it is true or false")
+    if type(values["rms_norm_eps"]) not in (int, float):
+        raise ValueError(f"rms_norm_eps={_short(values['rms_norm_eps'])} is damaged: it is a number")
     theta, scaling = _rope(values)
     numbers = {ours: values[key] for ours, key in _NUMBERS.items()}
     head_dim = values.get("head_dim")
@@ -212,6 +214,8 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     old = numbers.pop("type", "default")
     kind = numbers.pop("rope_type", old)
     theta = numbers.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
+    if type(theta) not in (int, float):
+        raise ValueError(f"rope_theta={_short(theta)} is damaged: it is a number")
     if numbers.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor is not supported: only 1.0 is")
     if kind not in ("default", *_ROPE_NUMBERS):
@@ -223,7 +227,8 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling]:
             f"{', '.join(unknown)} of rope type {kind!r} is not supported: take it out if it means nothing"
         )
     if "original_context" in known:
-        numbers.setdefault("original_max_position_embeddings", values.get("max_position_embeddings") or 0)
+        context = values.get("original_max_position_embeddings") or values.get("max_position_embeddings") or 0
+        numbers.setdefault("original_max_position_embeddings", context)
     needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",) if known else ()
     missing = [key for key in needed if key not in numbers]
     if missing:

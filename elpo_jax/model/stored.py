@@ -38,8 +38,17 @@ def save_params(folder: pathlib.Path, params: Params) -> None:
 
 
 def restore_params(folder: pathlib.Path, config: ModelConfig, shardings: Any = None) -> Params:
-    """The parameters of FOLDER/params, in `config.param_dtype`, whose hashes `verify` has compared."""
-    return _restore(folder / PARAMS, abstract_params(config), shardings)
+    """The parameters of FOLDER/params, in `config.param_dtype`.
+
+    Raises:
+      ValueError: If a file is missing or is not the one that FOLDER/SHA256SUMS records, or the parameters are not those
+        of the network; the message names it.
+    """
+    hashes = _sums(folder)
+    if not any(name.startswith(f"{PARAMS}/") for name in hashes):
+        raise ValueError(f"{folder / HASHES} is missing, or names no files of {PARAMS}/: import the checkpoint again")
+    verify(folder, hashes, "import the checkpoint again")
+    return _restore(folder / PARAMS, abstract_params(config), shardings, "import the checkpoint again")
 
 
 def read_stage(folder: str | os.PathLike, step: int | None = None) -> tuple[Params, ModelConfig, pathlib.Path]:
@@ -50,7 +59,8 @@ def read_stage(folder: str | os.PathLike, step: int | None = None) -> tuple[Para
       step: Which checkpoint; None means the newest.
 
     Returns:
-      The parameters, their network, and the folder of its tokenizer: the one that the run was given, or else its own.
+      The parameters, their network, and the folder of its tokenizer: the published one where the run has
+      tokenizer.kind "checkpoint", or else the run's own, in which it was trained.
 
     Raises:
       ValueError: If there is no such checkpoint, or it is damaged; the message names the file.
@@ -58,6 +68,8 @@ def read_stage(folder: str | os.PathLike, step: int | None = None) -> tuple[Para
     folder = pathlib.Path(folder)
     steps = sorted(int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal())
     if not steps:
+        if (folder / "checkpoints").is_dir():
+            raise ValueError(f"{folder} has no checkpoint: this stage made no steps, or has not come to its first one")
         stages = sorted(str(path.parent) for path in folder.glob("*/checkpoints"))
         other = (
             f"name one of its stages, {', '.join(stages)}" if stages else "give the folder of a stage, such as W/elpo"
@@ -72,24 +84,23 @@ def read_stage(folder: str | os.PathLike, step: int | None = None) -> tuple[Para
         files = json.loads((checkpoint / _MANIFEST).read_bytes())["files"]
         meta = json.loads((checkpoint / "meta" / "metadata").read_bytes())["config"]
         config = config_from_json(meta["model"])
-        tokenizer = meta.get("tokenizer", {}).get("source") or config.source
+        tokenizer = meta.get("tokenizer", {})
+        published = tokenizer.get("kind") == "checkpoint" and (tokenizer.get("source") or config.source)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint} is damaged ({type(error).__name__}: {error}): {remedy}") from None
     verify(checkpoint, files, remedy)
-    params = _restore(checkpoint / "state", {"params": abstract_params(config)}, None)["params"]
-    return params, config, pathlib.Path(tokenizer) if tokenizer else folder.parent
+    params = _restore(checkpoint / "state", {"params": abstract_params(config)}, None, remedy)["params"]
+    return params, config, pathlib.Path(published) if published else folder.parent
 
 
 def recorded_hashes(folder: pathlib.Path) -> dict[str, str]:
     """SHA-256 by file name, from SHA256SUMS and from NAME.sha256 files; of files that are there."""
-    found = {}
-    for path in [folder / HASHES, *sorted(folder.glob("*.sha256"))]:
-        for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-            match = re.fullmatch(r"([0-9a-fA-F]{64})(?:\s+\*?(.+))?", line.strip())
-            name = (path.stem if path.name != HASHES else match[2]) if match else None
-            if name and (folder / name).is_file():
-                found[name] = match[1].lower()
-    return found
+    found = _sums(folder)
+    for path in sorted(folder.glob("*.sha256")):
+        match = re.match(r"\s*([0-9a-fA-F]{64})\b", path.read_text(errors="replace"))
+        if match:
+            found[path.stem] = match[1].lower()
+    return {name: digest for name, digest in found.items() if (folder / name).is_file()}
 
 
 def verify(folder: pathlib.Path, hashes: Mapping[str, str], remedy: str = "copy it again") -> None:
@@ -114,9 +125,10 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       ValueError: If there is a file, or a folder that is not empty.
     """
+    folder = folder.resolve()  # nothing replaces a link to a folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: choose a new folder")
-    partial = folder.absolute().with_name(f".{folder.absolute().name}-partial")
+    partial = folder.with_name(f".{folder.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -126,7 +138,14 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _restore(path: pathlib.Path, abstract: Any, shardings: Any) -> Any:
+def _sums(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 by file name, as SHA256SUMS has them."""
+    text = (folder / HASHES).read_text(errors="replace") if (folder / HASHES).is_file() else ""
+    lines = (re.fullmatch(r"([0-9a-fA-F]{64})\s+\*?(.+)", line.strip()) for line in text.splitlines())
+    return {match[2]: match[1].lower() for match in lines if match}
+
+
+def _restore(path: pathlib.Path, abstract: Any, shardings: Any, remedy: str) -> Any:
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, abstract)
@@ -134,4 +153,10 @@ def _restore(path: pathlib.Path, abstract: Any, shardings: Any) -> Any:
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     with ocp.PyTreeCheckpointer() as reader:
         args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
-        return reader.restore(path.resolve(), args=args)
+        try:
+            return reader.restore(path.resolve(), args=args)
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise ValueError(
+                f"{path} does not hold the parameters of its network ({type(error).__name__}: {reason}): {remedy}"
+            ) from None

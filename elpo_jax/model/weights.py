@@ -40,8 +40,8 @@ _LAYER = {
     **{f"mlp/{n}": f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
 }
 _OUTSIDE = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
-# What goes along with weights; and the keys of config.json that say nothing about the network.
-_COMPANIONS = (
+# What goes along with weights: the tokenizer's, the checkpoint's, and keys of config.json that are not the network's.
+_TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -49,9 +49,8 @@ _COMPANIONS = (
     "merges.txt",
     "chat_template*",
     "additional_chat_templates/*.jinja",
-    "generation_config.json",
-    "LICENSE*",
 )
+_SETTINGS = ("generation_config.json", "LICENSE*")
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 # Other formats of weights, and why they are not read.
 _OTHERS = {
@@ -96,7 +95,6 @@ def load(folder: str | os.PathLike, config: ModelConfig, shardings: Any = None) 
     folder = pathlib.Path(folder)
     _check_config(folder, config)
     if (folder / MODEL_FILE).is_file():
-        stored.verify(folder, stored.recorded_hashes(folder))
         return stored.restore_params(folder, config, shardings)
     tensors = _tensors(folder)
     places = _places(config)
@@ -119,6 +117,7 @@ def export(
     folder: str | os.PathLike,
     *,
     copy_from: str | os.PathLike | None = None,
+    settings_from: str | os.PathLike | None = None,
     max_shard_bytes: int = 5_000_000_000,
     dtype: str | None = None,
 ) -> None:
@@ -128,22 +127,32 @@ def export(
       params: Of the network, anywhere.
       config: The network.
       folder: New or empty; it is complete or not there.
-      copy_from: A folder whose tokenizer, chat template and generation settings go along.
+      copy_from: A folder whose tokenizer and chat template go along.
+      settings_from: A folder whose generation_config.json, context length and token ids of config.json, and licence go
+        along; by default the one that the weights are of, `config.source`, or `copy_from` where that is no folder.
       max_shard_bytes: Largest file, but for a single tensor that is larger.
       dtype: What to cast to; None leaves the parameters as they are.
 
     Raises:
-      ValueError: If the folder is not empty, or no published family has the network's features.
+      ValueError: If the folder is not empty, one of the others is no folder, or no published family has the network's
+        features.
     """
     folder = pathlib.Path(folder)
-    copy_from = pathlib.Path(copy_from) if copy_from else None
+    settings_from = settings_from or (config.source if os.path.isdir(config.source) else copy_from)
+    for source in (copy_from, settings_from):
+        if source and not os.path.isdir(source):
+            raise ValueError(
+                f"there is no folder {source}, which has the tokenizer or the settings that go along: "
+                "say where it is now with --copy-from"
+            )
+    copy_from, settings_from = (pathlib.Path(source) if source else None for source in (copy_from, settings_from))
     leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     places = _places(config)
     if {name: tuple(leaf.shape) for name, leaf in leaves.items()} != {n: p.shape for n, p in places.items()}:
         raise ValueError("the parameters are not those of this network: give the config that they were made with")
     dtype = jnp.dtype(dtype or leaves["embed"].dtype)
-    values = to_hf(dataclasses.replace(config, param_dtype=dtype.name), _positions(config, copy_from))
-    values |= {key: value for key, value in _json(copy_from, "config.json").items() if key in _CARRIED}
+    values = to_hf(dataclasses.replace(config, param_dtype=dtype.name), _positions(config, settings_from))
+    values |= {key: value for key, value in _json(settings_from, "config.json").items() if key in _CARRIED}
     shards: list[list[str]] = [[]]
     room = max_shard_bytes
     for name, place in places.items():
@@ -170,7 +179,8 @@ def export(
             weight_map = {places[n].name: file for file, names in zip(files, shards, strict=True) for n in names}
             total = dtype.itemsize * sum(int(np.prod(place.shape)) for place in places.values())
             _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _copy_companions(copy_from, partial)
+        _copy(copy_from, partial, _TOKENIZER)
+        _copy(settings_from, partial, _SETTINGS)
         _write_json(partial / "config.json", values)
 
 
@@ -188,7 +198,7 @@ def import_checkpoint(folder: str | os.PathLike, out: str | os.PathLike) -> Mode
     config = read_hf_config(folder)
     with stored.new_folder(out) as partial:
         stored.save_params(partial, load(folder, config))
-        _copy_companions(folder, partial, "config.json")
+        _copy(folder, partial, (*_TOKENIZER, *_SETTINGS, "config.json"))
         _write_json(partial / MODEL_FILE, dataclasses.asdict(dataclasses.replace(config, source="")))
     return config
 
@@ -367,7 +377,10 @@ def _some(names: Sequence[str]) -> str:
 def _positions(config: ModelConfig, folder: pathlib.Path | None) -> int | None:
     """max_position_embeddings as the folder's config.json has it, unless the rope scaling is another one now."""
     values = _json(folder, "config.json")
-    same = "model_type" in values and read_hf_config(folder).rope_scaling == config.rope_scaling
+    try:
+        same = "model_type" in values and read_hf_config(folder).rope_scaling == config.rope_scaling
+    except ValueError:  # a kind that is not read, of which only the tokenizer is wanted
+        same = False
     return values.get("max_position_embeddings") if same else None
 
 
@@ -385,9 +398,9 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy_companions(source: pathlib.Path | None, target: pathlib.Path, *more: str) -> None:
+def _copy(source: pathlib.Path | None, target: pathlib.Path, patterns: Sequence[str]) -> None:
     """Copies the files that go along with weights."""
-    for path in (path for pattern in (*_COMPANIONS, *more) for path in (source.glob(pattern) if source else ())):
+    for path in (path for pattern in patterns for path in (source.glob(pattern) if source else ())):
         if path.is_file():
             copy = target / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
@@ -410,6 +423,8 @@ def _export(options: argparse.Namespace) -> None:
         config,
         options.out,
         copy_from=options.copy_from or companions,
+        # Where that is gone, and nothing is said, its settings would be missed too late.
+        settings_from=config.source if options.copy_from is None else None,
         max_shard_bytes=options.max_shard_mb * 1_000_000,
         dtype=options.dtype,
     )

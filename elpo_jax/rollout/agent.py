@@ -45,9 +45,11 @@ class Environment:
         """Raises ValueError if the task's prompt leaves no room for a turn."""
         length = len(self.prompt(task))
         if length + self.max_turn_tokens > context:
+            row = f" (row {task.meta['row']})" if "row" in task.meta else ""
             raise ValueError(
-                f"the prompt of {task.id} has {length} tokens and a turn may have {self.max_turn_tokens}, more than "
-                f"sampler.context={context}: raise sampler.context or choose lower difficulties"
+                f"the prompt of {task.id}{row} has {length} tokens and a turn may have {self.max_turn_tokens}, more "
+                f"than sampler.context={context}: raise sampler.context, choose lower difficulties, or leave the row "
+                "out of the data set"
             )
         if self.reward.overlong_buffer > context - length:
             raise ValueError(
@@ -90,6 +92,7 @@ def play(
     seed: int,
     step: int,
     temperature: float,
+    top_p: float = 1.0,
 ) -> None:
     """Plays attempts until `starts` has none left and all have ended.
 
@@ -102,6 +105,7 @@ def play(
       seed: Seeds the worlds (the sampler has its own seed).
       step: Training step; part of the PRNG stream.
       temperature: Sampling temperature; 0 is greedy.
+      top_p: Share of the probability that is sampled from.
     """
     live: dict[int, _Live] = {}
     ended: list[Completion] = []
@@ -111,7 +115,7 @@ def play(
             _continue(attempt, environment, sampler, live, finished, step)
         if not live:
             return
-        sampler.start_visit(temperature)
+        sampler.start_visit(temperature, top_p)
         _answer(ended, environment, sampler, live, finished, step)
         ended = sampler.finish_visit()
 

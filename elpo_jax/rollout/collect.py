@@ -25,6 +25,7 @@ def collect(
     seed: int,
     step: int,
     temperature: float,
+    top_p: float = 1.0,
     progress: Callable[[int], None] = lambda rollouts: None,
 ) -> list[RolloutTree]:
     """One tree per task, in order, each of at most `search.budget` attempts (paper Algorithm 1).
@@ -37,6 +38,7 @@ def collect(
       seed: Seeds worlds and the random localizer.
       step: Training step; part of every PRNG stream.
       temperature: Sampling temperature.
+      top_p: Share of the probability that is sampled from.
       progress: Called with the number of attempts finished so far.
     """
     growths = {task.uid: Growth(task, search, seed) for task in tasks}
@@ -67,7 +69,7 @@ def collect(
 
     for task in tasks:
         propose(growths[task.uid], task.uid, prompts[task.uid])
-    play(environment, sampler, starts, finished, seed=seed, step=step, temperature=temperature)
+    play(environment, sampler, starts, finished, seed=seed, step=step, temperature=temperature, top_p=top_p)
     return [growths[task.uid].tree() for task in tasks]
 
 
@@ -80,6 +82,7 @@ def sample(
     seed: int,
     step: int,
     temperature: float,
+    top_p: float = 1.0,
     progress: Callable[[int], None] = lambda rollouts: None,
 ) -> list[list[Trajectory]]:
     """`k` independent attempts at each task, in order (evaluation). Attempts lost to our machinery are played again.
@@ -89,7 +92,15 @@ def sample(
     """
     search = SearchConfig(budget=k, localizer="none")
     trees = collect(
-        tasks, search, environment, sampler, seed=seed, step=step, temperature=temperature, progress=progress
+        tasks,
+        search,
+        environment,
+        sampler,
+        seed=seed,
+        step=step,
+        temperature=temperature,
+        top_p=top_p,
+        progress=progress,
     )
     for tree in trees:
         if len(tree.leaves) < k:

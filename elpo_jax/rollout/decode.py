@@ -95,17 +95,19 @@ def make_prefill(config: ModelConfig, mesh: Mesh) -> Callable:
 
 @functools.cache
 def make_decode(config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...], seed: int, steps: int) -> Callable:
-    """Compiles (params, cache, control, temperature) -> (cache, out): up to `steps` tokens for every slot.
+    """Compiles (params, cache, control, sampling) -> (cache, out): up to `steps` tokens for every slot.
 
     `control` is int32 [B, 7]: the last token of the sequence (which is not in the cache yet), its position, how many
-    tokens may still be sampled (0 for an idle slot) and the request's four stream integers. `temperature` is a float32
-    scalar. `out` is int32 [steps, 3, B]: the sampled id (-1 where the slot was idle), its log-probability and the
-    entropy, both as the bits of a float32. A slot that sampled a stop id idles for the rest of the visit.
+    tokens may still be sampled (0 for an idle slot) and the request's four stream integers. `sampling` is float32 [2],
+    the temperature and top-p. `out` is int32 [steps, 3, B]: the sampled id (-1 where the slot was idle), its
+    log-probability and the entropy, both as the bits of a float32. A slot that sampled a stop id idles for the rest of
+    the visit.
     """
     # An id that is never sampled keeps the comparison below well-formed without stop ids.
     stops = jnp.array(stop_ids or (-1,), jnp.int32)
 
-    def decode(params, cache, control, temperature):
+    def decode(params, cache, control, sampling):
+        temperature, top_p = sampling
         uniforms = stream_uniforms(seed, control[:, STREAM], control[:, POSITION] + 1, steps)
 
         def step(carry, u):
@@ -113,7 +115,7 @@ def make_decode(config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...], seed
             active = remaining > 0
             hidden, cache = apply(config, params, token[:, None], jnp.where(active, position, -1)[:, None], cache)
             logits = unembed(config, params, hidden[:, 0])
-            token = sample(logits, u, temperature)
+            token = sample(logits, u, temperature, top_p)
             logp, entropy = logprob_and_entropy(logits, token, _divisor(temperature))
             out = jnp.stack([jnp.where(active, token, -1), _bits(logp), _bits(entropy)])
             stopped = jnp.any(token[:, None] == stops, axis=1)
@@ -153,7 +155,7 @@ def stream_uniforms(seed: int, streams: jax.Array, positions: jax.Array, steps: 
     return jax.vmap(row, out_axes=1)(jax.lax.bitcast_convert_type(streams, jnp.uint32), positions)
 
 
-def sample(logits: jax.Array, uniform: jax.Array, temperature: jax.Array) -> jax.Array:
+def sample(logits: jax.Array, uniform: jax.Array, temperature: jax.Array, top_p: jax.Array | float = 1.0) -> jax.Array:
     """Draws from softmax(logits / temperature) by the inverse of its cumulative sum; the largest logit where it is 0.
 
     The sum has two levels, blocks of about sqrt(V) ids and the ids of one block, so its rounding errors are those of
@@ -163,6 +165,7 @@ def sample(logits: jax.Array, uniform: jax.Array, temperature: jax.Array) -> jax
       logits: float32 [B, V].
       uniform: float32 [B] in [0, 1), one number per row.
       temperature: float32 scalar >= 0, traced.
+      top_p: float32 scalar in (0, 1], traced; below 1 only the ids of `nucleus` are drawn.
 
     Returns:
       int32 [B].
@@ -172,6 +175,7 @@ def sample(logits: jax.Array, uniform: jax.Array, temperature: jax.Array) -> jax
         vocab = logits.shape[1]
         block = 2 ** (vocab.bit_length() // 2)
         weights = jnp.exp((logits - jnp.max(logits, axis=1, keepdims=True)) / temperature)
+        weights = jax.lax.cond(top_p < 1, lambda: nucleus(weights, top_p), lambda: weights)
         weights = jnp.pad(weights, ((0, 0), (0, -vocab % block))).reshape(len(weights), -1, block)
         sums = jnp.sum(weights, axis=2)
         chosen, rest = _pick(sums, uniform * jnp.sum(sums, axis=1))
@@ -179,6 +183,33 @@ def sample(logits: jax.Array, uniform: jax.Array, temperature: jax.Array) -> jax
         return chosen * block + inside
 
     return jax.lax.cond(temperature > 0, inverse_cdf, lambda: jnp.argmax(logits, axis=1).astype(jnp.int32))
+
+
+def nucleus(weights: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The largest weights that together have at least the share `top_p`; 0 for all others. Equal ones stay together.
+
+    Found without sorting: non-negative floats are ordered as their bits are, so 31 halvings find the exact threshold.
+
+    Args:
+      weights: float32 [B, V], at least 0 and at most 1.
+      top_p: float32 scalar in (0, 1].
+
+    Returns:
+      float32 [B, V].
+    """
+    bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
+    enough = top_p * jnp.sum(weights, axis=1)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        holds = jnp.sum(jnp.where(bits >= middle[:, None], weights, 0.0), axis=1) >= enough
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    rows = len(weights)
+    start = jnp.zeros(rows, jnp.int32), jnp.full(rows, jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1)
+    low, _ = jax.lax.fori_loop(0, 31, halve, start)
+    return jnp.where(bits >= low[:, None], weights, 0.0)
 
 
 def _pick(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -185,7 +185,7 @@ class Sampler:
             for tokens in self._token_buckets:
                 self._run_prefill([], rows, tokens)
         idle = np.zeros_like(self._control)
-        self._cache, _ = self._decode(self._params, self._cache, idle, np.float32(1))
+        self._cache, _ = self._decode(self._params, self._cache, idle, np.ones(2, np.float32))
 
     def submit(self, request: Request) -> int:
         """Queues a turn, and returns its ticket. The next visit begins it, if a slot is free (see `free_slots`).
@@ -217,20 +217,24 @@ class Sampler:
             )
         self._table.release(self._held.pop(ticket))
 
-    def start_visit(self, temperature: float) -> None:
+    def start_visit(self, temperature: float, top_p: float = 1.0) -> None:
         """Admits what was submitted and dispatches one burst of decoding; the device works while the host goes on.
 
         Args:
           temperature: Divides the logits; 0 takes the most likely token (and records temperature 1's logprobs).
+          top_p: Share of the probability that the drawn tokens come from. Recorded log-probabilities are those of the
+            whole distribution: train with 1.
 
         Raises:
-          ValueError: If the temperature is negative or not a number.
+          ValueError: If the temperature is negative or not a number, or top_p not in (0, 1].
           RuntimeError: If a visit is open, no parameters are loaded, or every slot is held, so that nothing can run.
         """
         if self._pending is not None:
             raise RuntimeError("the visit that was started is not finished: call finish_visit first")
         if not 0 <= temperature < np.inf:
             raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p} must be more than 0 and at most 1")
         self._need_params()
         self._admit()
         if self._waiting and not self._running:
@@ -243,7 +247,8 @@ class Sampler:
             return
         # A copy, since the device may read it while the host prepares the next visit.
         control = self._control.copy()
-        self._cache, self._pending = self._decode(self._params, self._cache, control, np.float32(temperature))
+        sampling = np.array([temperature, top_p], np.float32)
+        self._cache, self._pending = self._decode(self._params, self._cache, control, sampling)
 
     def finish_visit(self) -> list[Completion]:
         """Waits for the burst, and returns the turns that ended in it, in the order of their tickets.
@@ -270,9 +275,9 @@ class Sampler:
         done = [self._complete(int(i), bool(s)) for i, s in zip(active[ended], stopped[ended], strict=True)]
         return sorted(done, key=lambda completion: completion.ticket)
 
-    def visit(self, temperature: float) -> list[Completion]:
+    def visit(self, temperature: float, top_p: float = 1.0) -> list[Completion]:
         """`start_visit` and `finish_visit`."""
-        self.start_visit(temperature)
+        self.start_visit(temperature, top_p)
         return self.finish_visit()
 
     def generate(self, params: Params, requests: Sequence[Request], temperature: float) -> list[Segment]:

@@ -14,6 +14,7 @@ from typing import Literal
 Outcome = Literal["equal", "different", "undecided"]
 
 LONGEST = 1000  # characters; longer answers are equal only as they stand
+LONGEST_READABLE = 4096  # characters; nothing reads longer ones
 _DEEPEST = 6  # brackets within brackets
 _MOST = 64  # members of a list or set
 
@@ -37,28 +38,54 @@ _SYMBOLS = {
     "\\%": "%",
     "\\$": "",
     "$": "",
-    "{,}": ",",
 }
+_NUMERALS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_BASES = {word: str(base) for base, word in enumerate(_NUMERALS, 2)} | {"sixteen": "16"}
+_BASE = rf"base *([0-9]+|{'|'.join(_BASES)})"
+
+
+def _subscript(found: re.Match[str]) -> str:
+    """A numeral's base as it is written most."""
+    base = found[found.lastindex].lower()  # the groups before it are braces
+    return f"_{{{_BASES.get(base, base)}}}"
+
+
 _SPELLINGS = (
     (re.compile(r"\s+"), " "),
     (re.compile(r"(?<!\\)\\[()\[\]]"), " "),  # math mode
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])"), ""),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    # Commas that are typeset as belonging to a number go; bare ones may separate a list.
+    (re.compile(r"(?<=[0-9])(?<!\b0)(?:\{,\}(?: ?\\!)?|, ?\\!|\\,) ?(?=[0-9]{3}(?![0-9]))"), ""),
+    (re.compile(r"\{,\}"), ","),
     (re.compile(r"(?<!\\)\\! ?"), ""),
-    (re.compile(r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))"), ","),
     (re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])"), " "),
     (re.compile(r"\\frac ?([0-9a-zA-Z]|\\pi)"), r"\\frac{\1}"),
     (re.compile(r"\\sqrt ?([0-9a-zA-Z])"), r"\\sqrt{\1}"),
     (re.compile(r"(\\frac ?\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9a-zA-Z]|\\pi)"), r"\1{\2}"),
+    (re.compile(rf"{_WRAPPER}\{{ ?base ?\}}", re.I), " base "),
+    (
+        re.compile(
+            rf"_ ?(\{{ *)?(?:{_WRAPPER}(\{{ *))?(?:{_BASE}|({'|'.join(_BASES)}))(?![0-9a-z])(?(2) *\}})(?(1) *\}})",
+            re.I,
+        ),
+        _subscript,
+    ),
+    (
+        re.compile(
+            rf"(?<=[0-9A-Z]) *(\( *)?(?:{_WRAPPER}(\{{[ (]*))?(?:in )?{_BASE}(?![0-9a-z])(?(2)[ )]*\}})(?(1) *\))", re.I
+        ),
+        _subscript,
+    ),
     (re.compile(r"([\^_]) ?\{ ?([0-9a-zA-Z]|\\circ) ?\}"), r"\1\2"),
-    (re.compile(rf"(?: ?,)? ?(?:{_WRAPPER}\{{ ?(?:and|or) ?\}}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])) ?"), ","),
+    (re.compile(rf"(?: ?,)? ?(?:{_WRAPPER}\{{ ?,? ?(?:and|or) ?\}}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])) ?"), ", "),
     (re.compile(r" +"), " "),
 )
 _NAMED = re.compile(
     r"(\\?[a-zA-Z]{1,12}(?:_[0-9a-zA-Z])?(?:\([a-z]\))?|\([a-z](?:, ?[a-z])+\)) ?(?:=|\\in(?![a-zA-Z])) ?(.+)"
 )
 _MATRIX = re.compile(r"\\begin\{([bp]?matrix)\}(.*)\\end\{\1\}")
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"
+_DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"
 _SIGNED = r"[+-]? ?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 # A number, and what may follow it without changing it: a percent sign, degrees, words in \text, or words that stand
 # apart.
@@ -69,20 +96,60 @@ _NUMBER = re.compile(
     r"|(?:(?P<mixed>[0-9]+) ?)?"
     rf"(?:\\frac ?\{{ ?(?P<over>{_SIGNED}) ?\}} ?\{{ ?(?P<under>{_SIGNED}) ?\}}"
     r"|(?<=[0-9] )(?P<top>[0-9]+) ?/ ?(?P<bottom>[0-9]+)))"
-    rf"(?: ?(?:(?P<mark>%|\^\\circ(?: ?[CF])?)|{_WRAPPER}\{{(?P<wrapped>[^{{}}0-9^]*)(?:\^(?P<inner>[0-9]))?\}}"
-    r"|(?<= )(?P<bare>[a-zA-Z]+(?: [a-zA-Z]+)?))(?: ?\^ ?(?P<power>[0-9]))?)?"
+    rf"(?: ?(?:(?P<mark>%|\^\\circ(?: ?(?:[CF]|{_WRAPPER}\{{ ?[CF] ?\}}))?)"
+    rf"|{_WRAPPER}\{{(?P<wrapped>[^{{}}0-9^]*)(?:\^(?P<inner>[0-9]))?\}}"
+    r"|(?<= )(?P<bare>[apAP]\.?[mM]\.?|[a-zA-Z]+(?: [a-zA-Z]+)?))(?: ?\^ ?(?P<power>[0-9]))?)?"
 )
-_SHORT_UNITS = frozenset(
-    ("cm", "mm", "km", "ft", "in", "mi", "kg", "mg", "lb", "lbs", "oz", "ml", "mph", "hr", "hrs", "min", "sec", "day")
-)
+# What a unit in \text looks like; operators do not.
+_UNIT = re.compile(r"[ (]*(?:[^\W\d_]+(?:[ .'/-]+[^\W\d_]+)*)?[ .,)]*")
+_LETTERS = frozenset("mgshlLNJWV")  # single letters that are units
+# Units with the ways to write them. Two of these are not the same; whether other words are is not known.
+_UNITS = {
+    spelling: unit
+    for unit, spellings in {
+        "%": "percent",
+        "^\\circ": "degree,degrees",
+        "^\\circ C": "degrees celsius,celsius",
+        "^\\circ F": "degrees fahrenheit,fahrenheit",
+        "in": "inch,inches",
+        "ft": "foot,feet",
+        "yd": "yds,yard,yards",
+        "mi": "mile,miles",
+        "mm": "millimeter,millimeters,millimetre,millimetres",
+        "cm": "centimeter,centimeters,centimetre,centimetres",
+        "m": "meter,meters,metre,metres",
+        "km": "kilometer,kilometers,kilometre,kilometres",
+        "mg": "milligram,milligrams",
+        "g": "gm,gram,grams",
+        "kg": "kilogram,kilograms",
+        "oz": "ounce,ounces",
+        "lb": "lbs,pound,pounds",
+        "ml": "milliliter,milliliters,millilitre,millilitres",
+        "l": "liter,liters,litre,litres",
+        "s": "sec,secs,second,seconds",
+        "min": "mins,minute,minutes",
+        "h": "hr,hrs,hour,hours",
+        "day": "days",
+        "cent": "cents",
+        "dollar": "dollars,usd",
+        "am": "am",
+        "pm": "pm",
+    }.items()
+    for spelling in (unit, *spellings.split(","))
+}
+_KNOWN = frozenset(_UNITS.values()) - {"^\\circ"}  # which may be of an angle or a temperature
+_POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
+_SHORT_UNITS = frozenset(u for u in _UNITS if 1 < len(u) < 4 and u.isalpha()) | {"sq", "cu", "mph"}
 _SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # What changes the number it follows in another way, or is no unit but a variable.
 _NOT_UNITS = re.compile(
     r"\b(half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?"
-    r"|thousandths?|hundred|thousand|squared|cubed|root|power|factorial|choose|base|modulo|plus|minus|times|over|per"
-    r"|infinity|alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega|[eijnxyz])\b"
+    r"|thousandths?|hundred|thousand|squared|cubed|root|power|factorial|choose|base|modulo|mod|plus|minus|times|over|per"
+    r"|infinity|alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega)\b"
 )
 _WORDS = re.compile(r"\(?([a-zA-Z][a-zA-Z .'-]*)\)?")
+_ENDS = {"{": "}", "\\left": "\\right", "\\begin": "\\end"}
+_VARIABLE = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z])(?:_[0-9a-zA-Z])?")
 _INDEX = re.compile(r"[0-9a-zA-Z)]_(?:[0-9a-zA-Z]|\{[^{}]*\})")
 
 
@@ -92,6 +159,7 @@ class _Number:
     unit: str = ""
     power: str = ""
     base: int | None = None  # of the notation, where it is stated
+    listed: "_Group | None" = dataclasses.field(default=None, compare=False)  # what its commas separate, if they do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +189,11 @@ def compare(answer: str, reference: str) -> Outcome:
     r"""Whether two answers are the same.
 
     Numbers are compared as fractions, without a tolerance: 0.5 is 1/2, and 0.33 is not 1/3. A percent sign, degrees,
-    currency and units may be missing on one side; where both have one they must agree. The base of a numeral may be
-    missing in the answer. `x =` or `x \in` before an answer counts for nothing. Tuples, intervals and matrices are
-    compared member by member, and their brackets must agree; the order in sets, and in lists without brackets, is of no
-    importance.
+    currency and units may be missing on one side; where both have one they must agree. 0.32 is right where the
+    reference is 32%, but 32% is not where it is 0.32. The base of a numeral may be missing in the answer. `x =` or
+    `x \in` before an answer may be missing on one side. Tuples, intervals and matrices are compared member by member,
+    and their brackets must agree; the order in sets, and in lists without brackets, is of no importance. 70,110 is a
+    number, and a list only where the other side is one.
 
     Args:
       answer: What was answered, without a box.
@@ -132,16 +201,41 @@ def compare(answer: str, reference: str) -> Outcome:
 
     Returns:
       "different" only if that is certain without algebra: for numbers, for words, for groups with such members, and for
-      kinds that are never the same (a set or list for a tuple, a ratio for a fraction, another base).
+      kinds that are never the same (a set or list for a tuple, a ratio for a fraction, another base, unit or variable).
     """
     if len(answer) > LONGEST or len(reference) > LONGEST:
         return "equal" if answer.strip() == reference.strip() else "undecided"
-    return _compare(_read(answer), _read(reference))
+    (name, given), (other, right) = _read(answer), _read(reference)
+    found = _compare(given, right)
+    if not name or not other or name == other:
+        return found
+    if name[0] == "(" or other[0] == "(":  # (y, x) = (2, 1)
+        return "undecided"
+    variables = _VARIABLE.fullmatch(name) and _VARIABLE.fullmatch(other) and name.lower() != other.lower()
+    return found if found != "equal" else "different" if variables else "undecided"
 
 
 def canonical_key(answer: str) -> str:
     """One string for the ways to write an answer that `compare` finds equal, but for units."""
-    return _key(_read(answer)) if len(answer) <= LONGEST else answer.strip()
+    return _key(_read(answer)[1]) if len(answer) <= LONGEST else answer.strip()
+
+
+def readable(answer: str) -> bool:
+    r"""Whether a parser has a chance: not empty, not too long, and every {, \left and \begin has its end."""
+    if not plain_latex(answer) or len(answer) > LONGEST_READABLE:
+        return False
+    opened = []
+    for part in re.findall(r"\\(?:left|right|begin|end)(?![a-zA-Z])|\\.|[{}]", answer, re.DOTALL):
+        if part in _ENDS:
+            opened.append(_ENDS[part])
+        elif part in _ENDS.values() and (not opened or opened.pop() != part):
+            return False
+    return not opened
+
+
+def forget() -> None:
+    """Forgets the answers that were read before, which are otherwise not read again."""
+    _read.cache_clear()
 
 
 def plain_latex(text: str) -> str:
@@ -158,6 +252,10 @@ def _compare(answer: _Answer, reference: _Answer) -> Outcome:
         return _compare_groups(answer, reference)
     if isinstance(answer, _Text) and isinstance(reference, _Text):
         return _compare_texts(answer, reference)
+    if isinstance(answer, _Number) and answer.listed and isinstance(reference, _Group):
+        return _compare_groups(answer.listed, reference)
+    if isinstance(reference, _Number) and reference.listed and isinstance(answer, _Group):
+        return _compare_groups(answer, reference.listed)
     for one, other in ((answer, reference), (reference, answer)):
         if isinstance(one, _Group):
             if one.kind == ":":
@@ -170,13 +268,18 @@ def _compare(answer: _Answer, reference: _Answer) -> Outcome:
 
 
 def _compare_numbers(answer: _Number, reference: _Number) -> Outcome:
-    if answer.value != reference.value or answer.base not in (None, reference.base):
+    if answer.base not in (None, reference.base):
         return "different"
+    if answer.value != reference.value:
+        share = reference.unit == "%" and not answer.unit and 100 * answer.value == reference.value
+        return "equal" if share else "different"
     if not answer.unit or not reference.unit:
         return "equal"
     if answer.power != reference.power:
         return "different"
-    return "equal" if answer.unit == reference.unit else "undecided"
+    if answer.unit == reference.unit:
+        return "equal"
+    return "different" if answer.unit in _KNOWN and reference.unit in _KNOWN else "undecided"
 
 
 def _compare_groups(answer: _Group, reference: _Group) -> Outcome:
@@ -212,7 +315,10 @@ def _compare_texts(answer: _Text, reference: _Text) -> Outcome:
 
 
 def _exact(answer: _Answer) -> bool:
-    return isinstance(answer, _Number) or (isinstance(answer, _Group) and all(map(_exact, answer.members)))
+    """Whether nothing about it is open; a number with commas in a group may be two."""
+    if isinstance(answer, _Number):
+        return answer.listed is None
+    return isinstance(answer, _Group) and all(map(_exact, answer.members))
 
 
 def _key(answer: _Answer) -> str:
@@ -228,21 +334,21 @@ def _key(answer: _Answer) -> str:
 
 
 @functools.lru_cache(maxsize=8192)
-def _read(text: str) -> _Answer:
-    """The answer that a text of at most `LONGEST` characters states."""
+def _read(text: str) -> tuple[str, _Answer]:
+    """The answer that a text of at most `LONGEST` characters states, after the name that it gives to it, or ""."""
     for before, after in _SYMBOLS.items():
         text = text.replace(before, after)
     for pattern, spelling in _SPELLINGS:
         text = pattern.sub(spelling, text)
     text = text.strip(" ,;").removesuffix(".").rstrip()
-    named = _NAMED.fullmatch(text)
+    name, named = "", _NAMED.fullmatch(text)
     if named and "=" not in named[2]:
-        text = named[2]
+        name, text = named.groups()
     elif "=" in text:
-        parts = [_NAMED.fullmatch(part) for part in _split(text, ",")]
+        parts = [_NAMED.fullmatch(part.strip()) for part in _split(text, ",")]
         if len(parts) > 1 and parts[0] and len({part and part[1] for part in parts}) == 1:  # x = 1 or x = 2
-            text = ",".join(part[2] for part in parts if part)
-    return _read_part(text, 0)
+            name, text = parts[0][1], ", ".join(part[2] for part in parts if part)
+    return name.replace(" ", ""), _read_part(text, 0)
 
 
 def _read_part(text: str, depth: int) -> _Answer:
@@ -255,8 +361,9 @@ def _read_part(text: str, depth: int) -> _Answer:
             return _group(kind, parts, depth)
     number = _read_number(text)  # before commas: 1,234
     if number is not None:
-        return number
-    parts = _split(text, ",")
+        parts = _split(text, ",")
+        return dataclasses.replace(number, listed=_group(",", parts, depth)) if len(parts) > 1 else number
+    parts = _members(text)
     if len(parts) > 1:
         return _group(",", parts, depth)
     matrix = _MATRIX.fullmatch(text)
@@ -266,7 +373,7 @@ def _read_part(text: str, depth: int) -> _Answer:
     inner = _inside(text)
     if inner is not None:
         brackets, content = inner
-        parts = _split(content, ",")
+        parts = _members(content)
         if brackets == "\\{\\}" or len(parts) > 1:
             return _group("{}" if "{" in brackets else brackets, parts, depth)
         if brackets in ("()", "{}"):
@@ -292,6 +399,12 @@ def _group(kind: str, parts: list[str], depth: int) -> _Group:
         flat = [m.members if isinstance(m, _Group) and m.kind == "," else (m,) for m in members]
         members = [member for several in flat for member in several]
     return _Group(kind, tuple(members))
+
+
+def _members(text: str) -> list[str]:
+    """What commas separate; only those with a space after them do in 1,000, 2,000."""
+    parts, spaced = _split(text, ","), _split(text, ", ")
+    return spaced if 1 < len(spaced) < len(parts) and all(map(_read_number, map(str.strip, spaced))) else parts
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -333,21 +446,37 @@ def _read_number(text: str) -> _Number | None:
     found = _NUMBER.fullmatch(text)
     if not found:
         return None
-    first, *more = (found["wrapped"] or found["bare"] or "").lower().replace(".", " ").split() or [""]
-    scale = _SCALES.get(first, 1)
-    words = " ".join(more if scale > 1 else [first, *more])
-    if _NOT_UNITS.search(words) or (found["bare"] and not _is_unit(words)):
+    said = found["wrapped"] or found["bare"] or ""
+    if not _UNIT.fullmatch(said):
         return None
-    unit = found["mark"] or {"degrees": "^\\circ", "degree": "^\\circ", "percent": "%"}.get(words, words)
-    value, base = _value(found), found["base"] or found["bases"]
+    words = said.replace(".", "").strip(" (),").split()
+    scale = _SCALES.get(words[0].lower(), 1) if words else 1
+    words = words[1:] if scale > 1 else words
+    if not all(map(_is_bare_unit if found["bare"] else _is_unit, words)):
+        return None
     power = found["power"] or found["inner"] or ""
+    if not power and len(words) > 1 and words[0].lower() in _POWERS:
+        power, words = _POWERS[words[0].lower()], words[1:]
+    unit = " ".join(words).lower()
+    if found["mark"]:
+        kind = found["mark"].rstrip("} ")[-1]
+        unit = kind if kind == "%" else "^\\circ" + (f" {kind}" if kind in "CF" else "")
+    value, base = _value(found), found["base"] or found["bases"]
     if value is None or (power and not unit):
         return None
-    return _Number(scale * value, unit.removesuffix("s"), power, None if base is None else int(base))
+    return _Number(scale * value, _UNITS.get(unit, unit.removesuffix("s")), power, None if base is None else int(base))
 
 
-def _is_unit(words: str) -> bool:
-    return all(word in _SHORT_UNITS or (len(word) >= 4 and re.search("[aeiouy]", word)) for word in words.split())
+def _is_unit(word: str) -> bool:
+    return not _NOT_UNITS.search(word.lower()) and all(
+        len(part) > 1 or part in _LETTERS for part in re.split("[/-]", word)
+    )
+
+
+def _is_bare_unit(word: str) -> bool:
+    """Whether a word that stands after a number, but not in text, is a unit and no product of variables."""
+    word = word.lower()
+    return _is_unit(word) and (word in _SHORT_UNITS or (len(word) >= 4 and bool(re.search("[aeiouy]", word))))
 
 
 def _value(found: re.Match[str]) -> Fraction | None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from elpo_jax.tasks.base import Grade
 from elpo_jax.tasks.boxed import last_boxed
-from elpo_jax.tasks.exact import canonical_key, compare, plain_latex
+from elpo_jax.tasks.exact import LONGEST_READABLE, canonical_key, compare, forget, plain_latex
 from elpo_jax.tasks.math_worker import WorkerPool
 from elpo_jax.tools import judge
 from elpo_jax.tools.base import InfrastructureError
@@ -26,7 +26,6 @@ Row = tuple[str, str, str, Mapping[str, Any] | None]  # kind, text, reference, m
 
 LETTERS = ("A", "B", "C", "D")
 _SYMBOLIC = "elpo_jax.tasks._symbolic:equivalent"
-_LONGEST = 4096  # characters of an answer that math-verify is asked about
 _SHOWN = 40  # characters of an answer in a reason
 
 
@@ -161,8 +160,8 @@ class Graders:
             return _graded(False, key, shown=answer)
         if self._pool is None:
             return _unsure("undecided", key, "not equal as written, and nothing else was tried")
-        if max(len(answer), len(reference)) > _LONGEST:
-            return _unsure("undecided", key, f"longer than {_LONGEST} characters")
+        if max(len(answer), len(reference)) > LONGEST_READABLE:
+            return _unsure("undecided", key, f"longer than {LONGEST_READABLE} characters")
         reply = self._pool.call(plain_latex(answer), plain_latex(reference), deadline_s=self._deadline_s)
         if reply.status == "ok":
             if reply.value is None:
@@ -255,11 +254,21 @@ def last_fenced(text: str) -> str | None:
 
 
 def throughput(graders: Graders, rows: list[Row]) -> float:
-    """Rows per second of `grade_many`, after the first row has been graded once, which starts what it needs."""
-    graders.grade(*rows[0])
+    """Distinct rows per second of `grade_many`, each graded once and none read before.
+
+    The first row is graded before the clock starts, since it starts what is needed, and does not count.
+
+    Raises:
+      ValueError: If fewer than two rows are distinct.
+    """
+    first, *others = {row[:3]: row for row in rows}.values()
+    if not others:
+        raise ValueError("throughput needs two rows or more that are distinct")
+    graders.grade(*first)
+    forget()
     began = time.perf_counter()
-    graders.grade_many(rows)
-    return len(rows) / (time.perf_counter() - began)
+    graders.grade_many(others)
+    return len(others) / (time.perf_counter() - began)
 
 
 def _letter(text: str, reference: str) -> Graded:

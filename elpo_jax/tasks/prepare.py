@@ -7,19 +7,20 @@ that cannot be graded are refused by name, or left out and counted. The folder a
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 from elpo_jax.tasks.base import SPLITS, Split
 from elpo_jax.tasks.published import PUBLISHED, Published
 from elpo_jax.tasks.readers import Source, content, content_hash, find_sources, raw_rows, read_row
-from elpo_jax.tasks.rows import DatasetError, Row, problem_of, to_json
+from elpo_jax.tasks.rows import Conversation, DatasetError, Row, problem_of, to_json
 from elpo_jax.tasks.store import MANIFEST, Format, build_array_record, require_array_record
 
 NAMED = 5  # rows that an error names
@@ -35,7 +36,8 @@ def prepare(
     split: Split | None = None,
     drop_unanswered: bool = False,
     unchecked: bool = False,
-    readable: Callable[[str], bool] | None = None,
+    from_date: datetime.date | None = None,
+    to_date: datetime.date | None = None,
 ) -> dict[str, Any]:
     """Reads, checks and stores a published data set.
 
@@ -48,7 +50,8 @@ def prepare(
       split: Prepare this one only; a file whose name speaks of no split is taken for it.
       drop_unanswered: Leave out rows that cannot be graded, instead of refusing the file.
       unchecked: Accept other numbers of rows and other hashes than the table's; the manifest says so.
-      readable: Whether the math grader can read a reference; those that it cannot count as unanswered.
+      from_date: Keep the problems of contests on this day or later only; for LiveCodeBench.
+      to_date: Keep the problems of contests on this day or earlier only.
 
     Returns:
       The manifest, as written.
@@ -59,6 +62,11 @@ def prepare(
     if name not in PUBLISHED:
         raise DatasetError(f"unknown data set {name!r}: there are {', '.join(PUBLISHED)}")
     published, out = PUBLISHED[name], pathlib.Path(out)
+    days = (from_date or datetime.date.min, to_date or datetime.date.max) if from_date or to_date else None
+    if days and published.layout != "livecodebench":
+        raise DatasetError(f"{name} has no contest dates: --from-date and --to-date are for livecodebench_v6 only")
+    if days and days[0] > days[1]:
+        raise DatasetError(f"no day is from {days[0]} to {days[1]}: correct --from-date or --to-date")
     if form == "array_record":
         require_array_record()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -72,17 +80,29 @@ def prepare(
             expected = (published.rows[part], published.sha256.get(part))
             file = staged / f"{part}.jsonl"
             splits[part] = _write_split(
-                f"{name}, {part}", published, expected, sources, file, drop_unanswered, unchecked, readable
+                f"{name}, {part}", published, expected, sources, file, drop_unanswered, unchecked, days
             )
         kind = "conversations" if published.layout == "chat" else "rows"
         manifest = {"name": name, "format": form, "kind": kind, "licence": published.licence}
         manifest |= {"private": published.layout == "gpqa", "splits": splits}
+        manifest |= {"from_date": from_date and str(from_date), "to_date": to_date and str(to_date)}
         if form == "array_record":
             counts = {part: facts["rows"] for part, facts in splits.items()}
             manifest["builder"] = build_array_record(staged, kind, counts, folder)
             shutil.rmtree(staged)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def _in_days(row: Row | Conversation, days: tuple[datetime.date, datetime.date] | None) -> bool:
+    """Whether the row's contest was between two days, both included; None stands for all."""
+    if days is None:
+        return True
+    try:
+        day = datetime.date.fromisoformat(str(row.meta.get("contest_date", ""))[:10])
+    except ValueError:
+        raise DatasetError("it has no contest_date in ISO form, which --from-date and --to-date need") from None
+    return days[0] <= day <= days[1]
 
 
 def _write_split(
@@ -93,10 +113,11 @@ def _write_split(
     path: pathlib.Path,
     drop_unanswered: bool,
     unchecked: bool,
-    readable: Callable[[str], bool] | None,
+    days: tuple[datetime.date, datetime.date] | None,
 ) -> dict[str, Any]:
     """Reads, checks and writes one split; returns what the manifest says of it."""
-    lines, refused, taken, written = [], [], set(), 0
+    lines, refused, taken, graders = [], [], set(), set()
+    written = outside = 0
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for where, raw in (found for source in sources for found in raw_rows(source)):
             try:
@@ -105,15 +126,18 @@ def _write_split(
                 if row.id in taken:
                     row = dataclasses.replace(row, id=f"{row.id}#{len(lines) - 1}")
                 taken.add(row.id)
-                text = to_json(row)
+                text, inside = to_json(row), _in_days(row, days)
             except DatasetError as error:
                 raise DatasetError(f"{title}: {where}: {error}") from None
-            reason = _ungradable(row, readable) if isinstance(row, Row) else None
-            if reason is not None:
+            reason = problem_of(row) if isinstance(row, Row) and inside else None
+            if not inside:
+                outside += 1
+            elif reason is not None:
                 refused.append(f"{where}: {reason}")
             else:
                 file.write(text + "\n")
                 written += 1
+                graders |= {row.grader} if isinstance(row, Row) else set()
     files = ", ".join(s.name for s in sources[:NAMED]) + (" ..." if len(sources) > NAMED else "")
     digest = content_hash(lines)
     checked = _check(f"{title} ({files})", expected, len(lines), digest, unchecked)
@@ -124,15 +148,11 @@ def _write_split(
             "--drop-unanswered leaves them out"
         )
     if not written:
-        raise DatasetError(f"{title} ({files}): no rows are left")
-    return {"rows": written, "dropped": len(refused), "sha256": digest, "checked": checked}
-
-
-def _ungradable(row: Row, readable: Callable[[str], bool] | None) -> str | None:
-    reason = problem_of(row)
-    if reason is None and row.grader == "math" and readable is not None and not readable(row.answer):
-        reason = "its answer is one that no parser reads"
-    return reason
+        raise DatasetError(
+            f"{title} ({files}): no rows are left" + (f" between the dates ({outside} are outside)" if outside else "")
+        )
+    facts = {"rows": written, "dropped": len(refused), "outside": outside, "graders": sorted(graders)}
+    return facts | {"sha256": digest, "checked": checked}
 
 
 def _check(
@@ -195,6 +215,13 @@ def _new_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _day(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no day such as 2025-02-01") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m elpo_jax.tasks.prepare", description="Turns a published data set into a folder of rows."
@@ -206,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--password", help="of an encrypted zip, as its publisher names it")
     parser.add_argument("--split", choices=SPLITS, help="prepare this one only")
     parser.add_argument("--drop-unanswered", action="store_true", help="leave out rows that cannot be graded")
+    for flag, which in (("--from-date", "first"), ("--to-date", "last")):
+        parser.add_argument(flag, type=_day, metavar="YYYY-MM-DD", help=f"livecodebench_v6: {which} day of a contest")
     parser.add_argument("--unchecked", action="store_true", help="take other rows than the published ones")
     options = vars(parser.parse_args(arguments))
     try:
@@ -214,6 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{error}")
     for split, facts in manifest["splits"].items():
         print(f"{split}: {facts['rows']} rows, {facts['dropped']} left out, content hash {facts['sha256']}")
+        if facts["outside"]:
+            print(f"  {facts['outside']} of other dates were left out too")
         print(f"  agrees with the published data set: {facts['checked']}")
     print(f"licence: {manifest['licence']}")
 

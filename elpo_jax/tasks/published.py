@@ -97,6 +97,7 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
         "livecodebench_v6": Published(
             "livecodebench",
             # All releases to v6; what v6 added (test6.jsonl); contests of February to May 2025, as usually reported.
+            # --from-date and --to-date take those out of the others.
             {"test": (1055, 175, 131)},
             "CC (livecodebench/code_generation_lite); problems by LeetCode, AtCoder and Codeforces",
             key="question_id",

@@ -6,6 +6,7 @@ compared in small letters, since copies of a data set agree on little else. Noth
 
 import csv
 import dataclasses
+import datetime
 import gzip
 import hashlib
 import io
@@ -27,6 +28,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".cs
 MOST_ZIPPED = 8 << 30  # bytes that a zip's member may inflate to
 
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+?)\s*\$")  # "$\boxed 2$", as some of MATH's solutions have it
+_INTEGER = re.compile(r"\$?\s*(-?[0-9]+)(?:\.0*)?\s*(?:°|\^\s*(?:\\circ|\{\s*\\circ\s*\}))?\s*\$?")
 _LETTER = re.compile(r"(?:\\boxed\s*\{)?\s*(?:\\text\s*\{)?\s*\(?([A-D])\)?\.?[}\s]*")
 
 
@@ -301,10 +303,12 @@ def _read_math(columns: Mapping[str, Any], identity: str) -> Row:
 
 
 def _read_integer(columns: Mapping[str, Any], identity: str) -> Row:
+    """The integer without dollars and degrees, which some copies put around it."""
     row = _read_math(columns, identity)
-    if row.answer and not re.fullmatch(r"-?[0-9]+(\.0*)?", row.answer):
-        raise DatasetError("its answer is not an integer")
-    return Row(identity, row.problem, str(int(float(row.answer))) if row.answer else "", "math", row.meta)
+    found = _INTEGER.fullmatch(row.answer)
+    if row.answer and found is None:
+        raise DatasetError("its answer is not an integer: correct it, or give --from another copy")
+    return dataclasses.replace(row, answer=str(int(found[1])) if found else "")
 
 
 def _read_gpqa(columns: Mapping[str, Any], identity: str) -> Row:
@@ -332,6 +336,8 @@ def _read_livecodebench(columns: Mapping[str, Any], identity: str) -> Row:
     if "question_content" not in columns:
         return _read_program(columns, identity)
     names = ("question_title", "platform", "contest_id", "contest_date", "difficulty", "starter_code")
+    if isinstance(columns.get("contest_date"), datetime.date):  # a parquet file may hold a timestamp
+        columns = columns | {"contest_date": columns["contest_date"].isoformat()}
     meta = {name: answer_text(columns.get(name)) for name in names}
     meta = {name: value for name, value in meta.items() if value} | {"tests": read_tests(columns)}
     return Row(identity, _text(columns, "question_content"), "", "program", meta)

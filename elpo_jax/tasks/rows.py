@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from elpo_jax.tasks.base import Split
+from elpo_jax.tasks.exact import readable
 from elpo_jax.tools.judge import parse_tests
 
 Grader = Literal["math", "letter", "program"]
@@ -41,9 +42,9 @@ class Row:
       problem: The bare problem, without instructions.
       answer: Reference answer; "" for programs.
       grader: What can tell whether an answer is right.
-      meta: What else is known, JSON-serialisable. Keys with a meaning here: `tests` {"inputs", "outputs", "fn_name"}
-        and `starter_code` of programs, `solution` (a worked one), `domain` (named in the prompt of letter questions),
-        and `private`, true where the text must not be shown.
+      meta: What else is known, JSON-serialisable. Keys with a meaning here: `tests` {"inputs", "outputs", "fn_name"},
+        `starter_code` and `contest_date` (ISO) of programs, `solution` (a worked one), `domain` (named in the prompt of
+        letter questions), and `private`, true where the text must not be shown.
     """
 
     id: str
@@ -116,6 +117,8 @@ def problem_of(row: Row) -> str | None:
         return "it has no answer"
     elif row.grader == "letter" and row.answer not in ("A", "B", "C", "D"):
         return "its answer is not one of the letters A to D"
+    elif row.grader == "math" and not readable(row.answer):
+        return "its answer is one that no parser reads (a brace without its end, or too long)"
     return None
 
 

@@ -10,11 +10,11 @@ import json
 import operator
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from elpo_jax.tasks.base import SPLITS, Split
-from elpo_jax.tasks.rows import Conversation, DatasetError, Row, from_json, problem_of, split_word
+from elpo_jax.tasks.rows import Conversation, DatasetError, Grader, Row, from_json, problem_of, split_word
 
 Format = Literal["array_record", "jsonl"]
 MANIFEST = "manifest.json"
@@ -60,8 +60,15 @@ def open_rows(path: str | os.PathLike, split: Split) -> Sequence[Row | Conversat
     return splits[split]
 
 
+def graders_of(rows: Sequence[Row | Conversation]) -> set[Grader]:
+    """What grades an opened split: of all its rows, from the manifest where they are prepared. Empty: conversations."""
+    if isinstance(rows, _Prepared):
+        return set(rows.graders)
+    return {row.grader for row in rows if isinstance(row, Row)}
+
+
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """What `prepare` recorded of a folder: name, format, kind, licence, private, and by split rows and content hash.
+    """What `prepare` recorded of a folder: name, format, kind, licence, private, and by split rows, graders and hash.
 
     Raises:
       DatasetError: If it is damaged.
@@ -72,6 +79,8 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
             for split, facts in manifest["splits"].items():
                 operator.index(facts["rows"])
                 SPLITS.index(split)
+                if not set(facts["graders"]) <= set(get_args(Grader)):
+                    raise ValueError("unknown graders")
             return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -154,22 +163,31 @@ def _dumps(value: Any) -> str:
 
 
 def _open_prepared(folder: pathlib.Path, manifest: Mapping[str, Any], split: Split) -> Sequence[Row | Conversation]:
+    facts = manifest["splits"][split]
     if manifest["format"] == "jsonl":
-        rows: Sequence[Row | Conversation] = _JsonlRows(folder / f"{split}.jsonl")
+        rows: _Prepared = _JsonlRows(folder / f"{split}.jsonl", facts["graders"])
     else:
         tfds = require_array_record()
         builder = tfds.builder_from_directory(str(folder / manifest["builder"]))
-        rows = _ArrayRecordRows(builder.as_data_source(split=split))
-    expected = manifest["splits"][split]["rows"]
-    if len(rows) != expected:
-        raise DatasetError(f"{folder}, {split}: {len(rows)} rows instead of {expected}: prepare the data set again")
+        rows = _ArrayRecordRows(builder.as_data_source(split=split), facts["graders"])
+    if len(rows) != facts["rows"]:
+        raise DatasetError(
+            f"{folder}, {split}: {len(rows)} rows instead of {facts['rows']}: prepare the data set again"
+        )
     return rows
 
 
-class _JsonlRows(Sequence):
+class _Prepared(Sequence):
+    """Rows of a prepared split, with the graders that they need."""
+
+    graders: frozenset[Grader]
+
+
+class _JsonlRows(_Prepared):
     """The lines of a prepared file, parsed when they are asked for. Safe to share between threads."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, graders: Iterable[Grader]):
+        self.graders = frozenset(graders)
         try:
             self._file = path.open("rb")
         except OSError as error:
@@ -191,10 +209,11 @@ class _JsonlRows(Sequence):
             raise DatasetError(f"{self._path}, line {index + 1} is damaged: prepare the data set again") from None
 
 
-class _ArrayRecordRows(Sequence):
+class _ArrayRecordRows(_Prepared):
     """The records of a data source, parsed when they are asked for."""
 
-    def __init__(self, source: Sequence[Mapping[str, Any]]):
+    def __init__(self, source: Sequence[Mapping[str, Any]], graders: Iterable[Grader]):
+        self.graders = frozenset(graders)
         self._source = source
 
     def __len__(self) -> int:

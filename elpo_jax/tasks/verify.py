@@ -18,6 +18,7 @@ from collections import Counter
 from contextlib import ExitStack
 from typing import Any, get_args
 
+from elpo_jax.tasks.exact import readable
 from elpo_jax.tasks.graders import LETTERS, Graders, Kind
 from elpo_jax.tasks.rows import DatasetError, answer_text
 from elpo_jax.tools.base import InfrastructureError
@@ -49,6 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _verify(options: argparse.Namespace) -> str:
     """Grades the file and returns the summary."""
     kind: Kind = options.checker
+    if options.workers < 1:
+        raise ValueError(f"--workers={options.workers}: it must be 1 or more")
+    if not 0 < options.deadline < math.inf:
+        raise ValueError(f"--deadline={options.deadline:g}: it must be positive and finite")
+    if options.target.exists() and options.target.samefile(options.source):
+        raise OSError(f"{options.target} is what is graded: name another file for the output")
     if not options.target.parent.is_dir():
         raise OSError(f"{options.target.parent} is not a folder: make it first")
     rows = read_rows(options.source, kind)
@@ -142,6 +149,8 @@ def _check(row: Any, kind: Kind) -> None:
             raise DatasetError(f'"reference" must be the tests of a program: {error}') from None
     elif not answer_text(reference):
         raise DatasetError('"reference" is empty')
+    elif kind == "math" and not readable(answer_text(reference)):
+        raise DatasetError('"reference" is one that no parser reads (a brace without its end, or too long)')
     elif kind == "letter" and answer_text(reference) not in LETTERS:
         raise DatasetError(f'"reference" must be a letter from {LETTERS[0]} to {LETTERS[-1]}')
 

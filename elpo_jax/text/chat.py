@@ -7,6 +7,7 @@ alone. The newline after a turn's `<|im_end|>` belongs to the environment, which
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -50,9 +51,11 @@ class Chat(Protocol):
 
     Attributes:
       tokenizer: Makes the ids.
+      fingerprint: SHA-256, in hexadecimal, of all else that decides which ids a conversation has.
     """
 
     tokenizer: Tokenizer
+    fingerprint: str
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -100,6 +103,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self._control = frozenset(tokenizer.control.values())
         self.tool_listing = tool_listing
+        self.fingerprint = hashlib.sha256(repr((tool_listing, self._system(()))).encode()).hexdigest()
         self._response_before = self._ids("\n", *_header("user"), _Control(RESPONSE_OPEN))
         self._response_after = self._ids(_Control(RESPONSE_CLOSE), _Control(IM_END), "\n", *_header("assistant"))
 
@@ -232,7 +236,9 @@ def _spellings(control: Sequence[str]) -> Iterator[str]:
 
 
 def tool_schema(tool: Tool) -> str:
-    """A tool as one line of JSON, in the layout of function-calling models."""
+    """A tool as one line of JSON, in the layout of function-calling models; as it is where the tool has a `schema`."""
+    if (schema := getattr(tool, "schema", None)) is not None:
+        return json.dumps(schema, ensure_ascii=False)
     function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
     return json.dumps({"type": "function", "function": function}, ensure_ascii=False, default=dict)
 

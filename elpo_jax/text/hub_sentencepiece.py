@@ -134,6 +134,8 @@ def _config(path: pathlib.Path) -> tuple[dict[str, int], dict[str, bool]]:
     try:
         config = json.loads(path.read_bytes()) if path.is_file() else {}
         added = {token["content"]: int(i) for i, token in (config.get("added_tokens_decoder") or {}).items()}
+        if odd := [text for text in added if not isinstance(text, str)]:
+            raise TypeError(f"an added token's content is {odd[0]!r}, which is no text")
         prefix = config.get("add_prefix_space")
         return added, {"legacy": bool(config.get("legacy")), "add_prefix_space": prefix is None or bool(prefix)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -15,7 +15,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import tokenizers
@@ -33,6 +33,8 @@ from elpo_jax.text.tokenizer import (
 )
 
 _REMEDY = "copy tokenizer.json from the checkpoint again"
+Space = Literal["always", "first", "never"]
+_BEFORE = {"always": "before every text", "first": "before the first text", "never": "before no text"}
 _METASPACE = {"Metaspace", "ByteFallback", "Replace"}  # decoders of tokenizers that write a space as `SPACE_SYMBOL`
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _SECRET = secrets.token_hex(12)
@@ -54,6 +56,7 @@ class HubTokenizer:
     Attributes:
       control: Ids of all added tokens but the unknown token and those that are text like any other.
       vocab_size: The largest id + 1. Embeddings are often larger.
+      space: Before which texts it puts a space; None if it is byte-level.
 
     Args:
       path: The file.
@@ -75,6 +78,7 @@ class HubTokenizer:
         added = {token["content"]: token for token in spec["added_tokens"]}
         spec["added_tokens"] = [{**token, "special": not is_blank(text)} for text, token in added.items()]
         self._whole = _backend(spec, path)
+        self.space = _space(spec)
         inner = _without_prefix(spec)
         self._inner = self._whole if inner is spec else _backend(inner, path)
         vocab = self._whole.get_vocab(with_added_tokens=True)
@@ -219,7 +223,7 @@ def _spec(data: bytes, path: pathlib.Path) -> dict[str, Any]:
         spec = {**spec, "truncation": None, "padding": None, "post_processor": None}
         spec["added_tokens"] = spec.get("added_tokens") or []
         spec["model"] = {**spec["model"]}
-        texts = [token["content"] for token in spec["added_tokens"]]
+        texts = _strings(token["content"] for token in spec["added_tokens"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no tokenizer.json ({error}): {_REMEDY}") from None
     if spec["model"].get("dropout"):
@@ -312,6 +316,42 @@ def _byte_characters() -> Iterator[tuple[int, str]]:
         yield byte, chr(byte if printable else next(others))
 
 
+def _strings(texts: Iterable[Any]) -> list[str]:
+    texts = list(texts)
+    if odd := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"an added token's content is {odd[0]!r}, which is no text")
+    return texts
+
+
+def _space(spec: dict[str, Any]) -> Space | None:
+    """Before which texts the tokenizer puts a space; None if it is not of the kind that was SentencePiece's."""
+    if any(node["type"] == "Prepend" for node in _nodes(spec.get("normalizer"))):
+        return "always"
+    for node in _nodes(spec.get("pre_tokenizer")):
+        if node["type"] == "Metaspace":  # older files have only add_prefix_space
+            return node.get("prepend_scheme") or ("always" if node.get("add_prefix_space", True) else "never")
+    return None
+
+
+def _check_space(space: Space | None, config: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Raises ValueError if the configuration of a Llama tokenizer wants the space elsewhere than tokenizer.json.
+
+    Versions of transformers read such folders differently: version 4 goes by the file, version 5 by the configuration.
+    """
+    if space is None or config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return
+    legacy, prefix = config.get("legacy"), config.get("add_prefix_space")
+    wanted = "never" if prefix is False else "always" if legacy else "first"
+    if wanted != space:
+        keep = {"always": "legacy to true", "first": "legacy to false", "never": "add_prefix_space to false"}
+        undo = " and take add_prefix_space out" if prefix is False else ""
+        raise ValueError(
+            f"{path} puts a space {_BEFORE[wanted]} (legacy={legacy}, add_prefix_space={prefix}), and tokenizer.json "
+            f"{_BEFORE[space]}, so that transformers 4 and 5 have different ids: set {keep[space]}{undo} for those of "
+            "tokenizer.json, or save the tokenizer anew with transformers 5"
+        )
+
+
 def _same(text: str, other: str) -> bool:
     return text.replace(SPACE_SYMBOL, " ") == other.replace(SPACE_SYMBOL, " ")
 
@@ -323,8 +363,10 @@ def _check_added(tokenizer: HubTokenizer, path: pathlib.Path) -> None:
     try:
         config = json.loads(path.read_bytes())
         entries = {token["content"]: int(i) for i, token in (config.get("added_tokens_decoder") or {}).items()}
+        _strings(entries)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): copy it from the checkpoint again") from None
+    _check_space(tokenizer.space, config, path)
     for text, i in entries.items():
         if not 0 <= i < tokenizer.vocab_size or not _same(tokenizer.decode([i]), text):
             raise ValueError(

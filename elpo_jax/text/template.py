@@ -53,7 +53,7 @@ class Template:
         variables: Mapping[str, Any] | None = None,
         now: Callable[[], datetime.datetime] = datetime.datetime.now,
     ):
-        self.source, self.origin, self._variables = source, origin, dict(variables or {})
+        self.source, self.origin, self.variables = source, origin, dict(variables or {})
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
@@ -89,7 +89,7 @@ class Template:
                 tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._variables,
+                **self.variables,
             )
         except Exception as error:  # a template can make any of Python's
             roles = ", ".join(message["role"] for message in messages)

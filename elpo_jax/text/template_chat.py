@@ -7,11 +7,12 @@ the next. Joined they equal the whole conversation as the template writes it, wh
 """
 
 import datetime
+import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,18 +53,19 @@ class TemplateChat:
       append_only: Whether later messages leave what the template wrote for earlier ones as it was. Where they do not,
         the ids that were sampled are kept all the same.
       why: One sentence that explains `append_only`.
+      fingerprint: SHA-256, in hexadecimal, of all but the tokenizer that decides which ids a conversation has.
 
     Args:
       templates: The checkpoint's.
       tokenizer: The checkpoint's.
       eos_ids: Ids that end a turn besides the template's own (`generation_config.json`).
-      system: Text of a system message; "" for what the template does without one.
+      system: Text of a system message; None for what the template does without one.
       call_format: See above; None to choose by the template.
 
     Raises:
       TemplateError: If the template refuses a conversation with a tool's answer, or has calls of another format, or
         ends no turn with a control token.
-      ValueError: If text can become one of the tokenizer's control tokens.
+      ValueError: If text can become one of the tokenizer's control tokens, or the tokenizer lacks an id of `eos_ids`.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class TemplateChat:
         templates: Templates,
         tokenizer: PartsTokenizer,
         eos_ids: Sequence[int] = (),
-        system: str = "",
+        system: str | None = None,
         call_format: CallFormat | None = None,
     ):
         check_control(tokenizer, ())
@@ -89,8 +91,17 @@ class TemplateChat:
         self._end = self._find_end()
         eom = [tokenizer.control[_EOM]] if self.call_format == "llama" and _EOM in tokenizer.control else []
         self._stop_ids = tuple(dict.fromkeys((self._end, *eom, *map(int, eos_ids))))
+        if (largest := max(self._stop_ids)) >= tokenizer.vocab_size:
+            raise ValueError(
+                f"eos_token_id {largest} is none of the tokenizer's {tokenizer.vocab_size} ids: generation_config.json "
+                "(or config.json) and the tokenizer are of different checkpoints"
+            )
         self._header = self._find_header()
-        self.lists_tools = "probe_tool" in templates.render(self._opening("."), [_PROBE_TOOL], True)
+        opening = templates.render(self._opening("."), [_PROBE_TOOL], True)  # a date, where the template writes one
+        self.lists_tools = "probe_tool" in opening
+        sources = [(t.source, sorted(t.variables.items())) for t in (templates.default, templates.tool_use)]
+        identity = (sources, opening, system, self.call_format, self._stop_ids)
+        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         self._tail([{"role": "tool", "content": "."}])
         self.why = self._find_change()
         self.append_only = not self.why
@@ -172,7 +183,7 @@ class TemplateChat:
         return parse_turn(self.tokenizer, turn_ids, self._stop_ids)
 
     def _opening(self, user: str | None) -> list[dict[str, Any]]:
-        opening = [{"role": "system", "content": self._marked(self._system)}] if self._system else []
+        opening = [] if self._system is None else [{"role": "system", "content": self._marked(self._system)}]
         return opening if user is None else [*opening, {"role": "user", "content": user}]
 
     def _tail(self, messages: list[dict[str, Any]]) -> list[int]:
@@ -257,9 +268,10 @@ def load_chat(
     tokenizer: PartsTokenizer | None = None,
     *,
     eos_ids: Sequence[int] | None = None,
-    system: str = "",
+    system: str | None = None,
     call_format: CallFormat | None = None,
     options: Mapping[str, Any] | None = None,
+    now: Callable[[], datetime.datetime] | None = None,
 ) -> TemplateChat:
     """The chat format of a checkpoint folder.
 
@@ -268,10 +280,11 @@ def load_chat(
       tokenizer: The folder's, where it is loaded already.
       eos_ids: Ids that end a turn besides the template's own; None to read them from `generation_config.json` or
         `config.json`.
-      system: Text of a system message; "" for what the template does without one.
+      system: Text of a system message, which can be ""; None for what the template does without one.
       call_format: None to choose by the template.
-      options: Variables of the template's own, such as `enable_thinking`. Templates that write today's date take
-        `date_string`: give it, or prompts differ from day to day. Without it the date is that of this call.
+      options: Variables of the template's own, such as `enable_thinking`, and the `date_string` that some take.
+      now: Gives the time to templates that write a date; None for the time of this call, so that prompts differ from
+        day to day.
 
     Raises:
       FileNotFoundError: If the folder, or a tokenizer in it, is missing.
@@ -281,13 +294,14 @@ def load_chat(
     folder = pathlib.Path(folder)
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     today = datetime.datetime.now()
-    templates = load_templates(folder, options, lambda: today)
+    templates = load_templates(folder, options, now or (lambda: today))
     return TemplateChat(
         templates, tokenizer, _eos_ids(folder) if eos_ids is None else eos_ids, system=system, call_format=call_format
     )
 
 
 def _eos_ids(folder: pathlib.Path) -> list[int]:
+    """As `elpo_jax.model.hf_config.read_eos_ids`, which this package may not import."""
     for path in (folder / "generation_config.json", folder / "config.json"):
         value = read_json(path).get("eos_token_id")
         if value is None:
@@ -307,8 +321,8 @@ def _call_format(templates: Templates) -> CallFormat:
         return "llama"
     if "tool_calls" in source:
         raise TemplateError(
-            f'{templates.tool_use.origin} writes calls of a format that is not read: give call_format "hermes" or '
-            '"llama" for a model that was trained to write these'
+            f"{templates.tool_use.origin} writes calls of a format that is not read: set tokenizer.call_format to "
+            "hermes or llama for a model that was trained to write these"
         )
     return "hermes"
 

@@ -103,6 +103,7 @@ class Protocol:
     families: Mapping[str, str]  # how many tasks of each, and of what kind
     k: int
     temperature: float
+    top_p: float
     seed: int
     max_turn_tokens: int
     context: int
@@ -116,8 +117,8 @@ class Protocol:
             "; ".join(f"{family}: {text}" for family, text in of.items()) for of in (self.families, self.checkers)
         )
         return (
-            f"{self.split} split ({families}), k={self.k}, temperature {self.temperature:g}, seed {self.seed}, "
-            f"turn <= {self.max_turn_tokens} tokens, context {self.context}; isolation of "
+            f"{self.split} split ({families}), k={self.k}, temperature {self.temperature:g}, top-p {self.top_p:g}, "
+            f"seed {self.seed}, turn <= {self.max_turn_tokens} tokens, context {self.context}; isolation of "
             f"programs: {self.isolation.replace('unsafe', 'NONE (unsafe)')}; checker: {checkers}; "
             f"maj@k ties: {self.majority_ties}; {self.interval}"
         )
@@ -142,6 +143,7 @@ def evaluate(
         seed=protocol.seed,
         step=EVAL_STREAM,
         temperature=protocol.temperature,
+        top_p=protocol.top_p,
         progress=progress,
     )
     of = {task.uid: row for task, row in zip(everything, attempts, strict=True)}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import itertools
 import pathlib
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from elpo_jax.config import Config, ConfigError, DatasetConfig, differences, to_json
-from elpo_jax.model.hf_config import read_hf_config
+from elpo_jax.model.hf_config import read_eos_ids, read_hf_config
 from elpo_jax.policy.batch import Batch, demonstration_example, pack
 from elpo_jax.report.log import read_json, write_json
 from elpo_jax.rollout.agent import Environment
@@ -20,12 +21,13 @@ from elpo_jax.tasks.dataset import DatasetFamily
 from elpo_jax.tasks.graders import Graders
 from elpo_jax.tasks.ledger import Ledger
 from elpo_jax.tasks.rows import Conversation, Row
-from elpo_jax.tasks.store import open_splits
+from elpo_jax.tasks.store import graders_of, open_splits
 from elpo_jax.tasks.stream import TaskStream
 from elpo_jax.tasks.wordmath import WordMath
 from elpo_jax.text.chat import Chat, ChatFormat
 from elpo_jax.text.hub_tokenizer import HubTokenizer, load_tokenizer, train_bpe
-from elpo_jax.text.template_chat import load_chat
+from elpo_jax.text.template import TemplateError
+from elpo_jax.text.template_chat import TemplateChat, load_chat
 from elpo_jax.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from elpo_jax.tools.calculator import Calculator
 from elpo_jax.tools.interpreter import CodeInterpreter
@@ -38,8 +40,10 @@ from elpo_jax.trees.transcripts import TranscriptError, system_of, transcript
 # What a process can leave in a folder that it has not claimed, and what a run has in it before its first stage.
 LEFTOVERS = {".lock", ".config-json-partial", "compile_cache"}
 TOKENIZERS = {"sentencepiece": "tokenizer.model", "bpe": "tokenizer.json"}
-# Templates that write a date would write today's, and a resumed run would go on with other prompts.
-TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024"}
+# Templates that write a date would write today's, and a resumed run would go on with other prompts. This one is what
+# Llama 3's own fall back to.
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+TEMPLATE_OPTIONS = {"date_string": f"{TEMPLATE_DATE:%d %b %Y}"}
 BEFORE_STAGES = LEFTOVERS | {"config.json", *TOKENIZERS.values()}
 
 
@@ -110,18 +114,26 @@ def with_weights_shape(config: Config) -> Config:
     """The config with the network that `model.source` holds, if it names one; how to compute stays as configured.
 
     A rope scaling of the config's own, such as YaRN for a longer context, stays too where the checkpoint has none.
+    Folders become absolute, so that a run can be exported from anywhere.
 
     Raises:
-      ValueError: If the folder holds no checkpoint, or one of a kind that is not supported.
+      ValueError: If the folder holds no checkpoint, or one of a kind that is not supported, or has another scaling.
     """
-    model = config.model
-    if not model.source:
-        return config
-    held = read_hf_config(model.source)
-    kept = {name: getattr(model, name) for name in ("source", "dtype", "param_dtype", "remat")}
-    if held.rope_scaling.kind == "none":
-        kept["rope_scaling"] = model.rope_scaling
-    return dataclasses.replace(config, model=dataclasses.replace(held, **kept))
+    model, tokenizer = config.model, config.tokenizer
+    if tokenizer.source:
+        tokenizer = dataclasses.replace(tokenizer, source=str(pathlib.Path(tokenizer.source).resolve()))
+    if model.source:
+        held = read_hf_config(model.source)
+        kept = {name: getattr(model, name) for name in ("dtype", "param_dtype", "remat")}
+        if held.rope_scaling.kind == "none":
+            kept["rope_scaling"] = model.rope_scaling
+        elif model.rope_scaling.kind != "none" and model.rope_scaling != held.rope_scaling:
+            raise ConfigError(
+                f"the weights in {model.source} have a rope scaling of kind {held.rope_scaling.kind}, which "
+                f"model.rope_scaling.kind={model.rope_scaling.kind} cannot replace: leave it out"
+            )
+        model = dataclasses.replace(held, source=str(pathlib.Path(model.source).resolve()), **kept)
+    return dataclasses.replace(config, model=model, tokenizer=tokenizer)
 
 
 @contextlib.contextmanager
@@ -189,8 +201,8 @@ Splits = Mapping[Split, Sequence[Row | Conversation]]
 
 
 def _graders_of(splits: Splits) -> set[str]:
-    """The graders that the rows need, by the first of each split: a data set has one kind of answer."""
-    return {rows[0].grader for rows in splits.values() if len(rows) and isinstance(rows[0], Row)}
+    """The graders that the rows need."""
+    return {kind for rows in splits.values() for kind in graders_of(rows)}
 
 
 def _runs_programs(numbers, splits: Splits) -> bool:
@@ -264,7 +276,7 @@ def build_environment(
             tool.limit_tokens(tokenizer, config.rollout.interpreter_tokens)
     if config.tokenizer.kind == "checkpoint":
         source = config.tokenizer.source or config.model.source
-        chat: Chat = _loaded(lambda folder: load_chat(folder, tokenizer, options=TEMPLATE_OPTIONS), source)
+        chat: Chat = _loaded(lambda folder: _load_chat(config, folder, tokenizer), source)
         if not chat.append_only:
             print(f"note: {chat.why} Sampled tokens are kept as they are.", flush=True)
         if not chat.lists_tools:
@@ -272,6 +284,21 @@ def build_environment(
     else:
         chat = ChatFormat(tokenizer, tool_listing=config.tasks.chat_tools)
     return Environment(stream.families, toolboxes, chat, config.rollout.max_turn_tokens, sandbox, config.reward)
+
+
+def _load_chat(config: Config, folder: str, tokenizer: Tokenizer, system: str | None = None) -> TemplateChat:
+    """The folder's chat format; the ids that end a turn are those of the weights, where they name any."""
+    stops = read_eos_ids(config.model.source) if config.model.source else ()
+    call_format = config.tokenizer.call_format
+    return load_chat(
+        folder,
+        tokenizer,
+        eos_ids=stops or None,
+        system=system,
+        call_format=None if call_format == "auto" else call_format,
+        options=TEMPLATE_OPTIONS,
+        now=lambda: TEMPLATE_DATE,
+    )
 
 
 def _loaded(load: Callable[[str], Any], folder: str) -> Any:
@@ -325,38 +352,47 @@ def demonstration_rows(config: Config, environment: Environment, stream: TaskStr
             raise ConfigError(f"there is no demonstration of {family} to learn from, for {why}")
         kept, failed, long = kept + fitting, failed + len(played) - len(solved), long + len(solved) - len(fitting)
     if config.sft.data:
-        recorded, others = _recorded(config, environment.chat)
+        recorded, refused = _recorded(config, environment.chat)
         fitting = [t for t in recorded if len(t.ids()) <= config.sampler.context]
         if not fitting:
             raise ConfigError(
-                f"sft.data={config.sft.data} has nothing to learn from: {others} conversations are no attempts, and "
-                f"{len(recorded)} are longer than sampler.context={config.sampler.context}"
+                f"sft.data={config.sft.data} has nothing to learn from: {len(refused)} conversations are no attempts"
+                f"{f' (the first: {refused[0]})' if refused else ''}, and {len(recorded)} are longer than "
+                f"sampler.context={config.sampler.context}"
             )
-        kept, failed, long = kept + fitting, failed + others, long + len(recorded) - len(fitting)
+        if refused:
+            print(
+                f"{len(refused)} conversations of {config.sft.data} are no attempts; the first: {refused[0]}",
+                flush=True,
+            )
+        kept, failed, long = kept + fitting, failed + len(refused), long + len(recorded) - len(fitting)
     if not kept:
         raise ConfigError("there is nothing to learn from: set sft.steps=0, sft.data or the demonstrations of a family")
     order = np.random.default_rng(config.seed).permutation(len(kept))
     return pack([demonstration_example(kept[i]) for i in order], config.sampler.context), failed, long
 
 
-def _recorded(config: Config, chat: Chat) -> tuple[list[Trajectory], int]:
-    """The conversations of `sft.data` as attempts, and the number of those that are none."""
+def _recorded(config: Config, chat: Chat) -> tuple[list[Trajectory], list[TranscriptError]]:
+    """The conversations of `sft.data` as attempts, and why the others are none."""
     rows = open_splits(config.sft.data).get("train", ())
     if len(rows) and not isinstance(rows[0], Conversation):
         raise ConfigError(f"sft.data={config.sft.data} holds problems, not conversations: name it in tasks.datasets")
-    chats, out, others = {"": chat}, [], 0
+    chats: dict[str | None, Chat] = {None: chat}
+    out, refused = [], []
     for row in rows:
-        system = system_of(row)
         try:
+            system = system_of(row)
             if system not in chats:
                 if config.tokenizer.kind != "checkpoint":
                     raise TranscriptError("the project's own chat format has no system text")
                 source = config.tokenizer.source or config.model.source
-                chats[system] = load_chat(source, chat.tokenizer, system=system, options=TEMPLATE_OPTIONS)
+                chats[system] = _load_chat(config, source, chat.tokenizer, system)
             out.append(transcript(chats[system], row))
-        except TranscriptError:
-            others += 1
-    return out, others
+        except TranscriptError as error:
+            refused.append(error)
+        except TemplateError as error:  # it refuses the row's system text
+            refused.append(TranscriptError(f"{row.id}: {error}"))
+    return out, refused
 
 
 def _demonstrate(

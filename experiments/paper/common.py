@@ -23,7 +23,7 @@ from elpo_jax.rollout.sampler import SamplerConfig
 from elpo_jax.tasks.rewards import Reward
 from elpo_jax.train.mesh import MeshConfig
 from elpo_jax.train.step import OptimizerConfig
-from experiments.paper.evaluation import COLUMNS, CONTEXT, MOST_TURNS, TEMPERATURE
+from experiments.paper.evaluation import COLUMNS, CONTEXT, MOST_TURNS, TEMPERATURE, TOP_P
 
 SFT_TRANSCRIPTS, RL_PROMPTS = 3000, 30000  # by their names; the files have a few more or less
 
@@ -64,7 +64,8 @@ def paper_config(name: str, model: ModelConfig, weights: str, recipe: Recipe) ->
         tasks=TasksConfig(
             families=("open_agentrl_30k", *(column.dataset for column in columns)),
             datasets=(
-                _dataset("open_agentrl_30k", "train"),
+                # Our choice: the checkers of Open-AgentRL's code.
+                _dataset("open_agentrl_30k", "train", checker="strict_box", partial_credit=True),
                 *(_dataset(column.dataset, "test") for column in columns),
             ),
         ),
@@ -125,6 +126,7 @@ def paper_config(name: str, model: ModelConfig, weights: str, recipe: Recipe) ->
         eval=EvalConfig(  # see evaluation.py
             k=columns[0].k,
             temperature=TEMPERATURE,
+            top_p=TOP_P,
             tasks=max(column.rows for column in columns),
             validation_tasks=0,
         ),
@@ -142,6 +144,14 @@ def published_files(config: Config, weights: str) -> Config:
     )
 
 
-def _dataset(name: str, use: str) -> DatasetConfig:
+def _dataset(name: str, use: str, **changes) -> DatasetConfig:
     """A prepared data set under data/, with Open-AgentRL's limit of turns; the last has no call that is answered."""
-    return DatasetConfig(name=name, path=f"data/{name}", use=use, tool="code_interpreter", max_calls=MOST_TURNS - 1)
+    return DatasetConfig(
+        name=name,
+        path=f"data/{name}",
+        use=use,
+        tool="code_interpreter",
+        max_calls=MOST_TURNS - 1,
+        validation=0.0,  # paper: one epoch of all prompts
+        **changes,
+    )
