@@ -695,8 +695,6 @@ def test_array_record_says_what_it_needs(tmp_path, monkeypatch):
 
 
 def test_array_record_holds_the_same_rows(tmp_path):
-    pytest.importorskip("tensorflow_datasets")
-    pytest.importorskip("array_record")
     raws = [{"question": f"é {i}?", "answer": f"<<{i}+1={i + 1}>>\n#### {i + 1}"} for i in range(300)]
     (tmp_path / "from").mkdir()
     put(tmp_path / "from" / "train.jsonl", jsonl(raws))

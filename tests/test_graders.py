@@ -223,7 +223,11 @@ UNDECIDED = (
     (r"1.5 \times 10^3", "1500", True),
     ("(a+5)(b+5)", "(a+5)(b+2)", False),
     (r"11\sqrt{8}", r"11\sqrt{2}", False),
-    ("3r^2", "3R^2", False),
+    ("3r^2", "3R^2", True),
+    ("R-r", "0", False),
+    ("(R-r)(R+r)", "R^2-r^2", True),
+    ("(R-r)(R+r)", "R^2+r^2", False),
+    (r"r^2+R^2", r"2R^2", False),
     ("x=3, y=5", "x=5, y=3", False),
     ("5i", "5", False),
     ("5 i", "5", False),
@@ -636,7 +640,6 @@ def test_a_checker_that_cannot_start_raises_and_never_grades():
 
 @pytest.fixture(scope="module")
 def verifying():
-    pytest.importorskip("math_verify")
     with Graders(deadline_s=5.0) as graders:
         yield graders
 
@@ -652,7 +655,6 @@ def test_math_verify_reads_nothing_out_of_the_middle(verifying):
 
 
 def test_hostile_answers_cost_math_verify_its_deadline():
-    pytest.importorskip("math_verify")
     with Graders(deadline_s=1.0) as graders:
         graders.grade("math", "\\boxed{x+y}", "y+x")
         for box in ("9^{9^{9^9}}", "(10^9)!", "2^{2^{36}}", "(" * 2000 + "1" + ")" * 2000, "(x+1)^{2000}"):

@@ -14,7 +14,7 @@ from elpo_jax.config import Config, ConfigError
 from elpo_jax.model.weights import main as weights
 from elpo_jax.overrides import override
 from elpo_jax.text.hub_tokenizer import train_bpe
-from elpo_jax.train.setup import with_weights_shape
+from elpo_jax.train.setup import build_environment, build_tokenizer, open_tools, with_weights_shape
 
 pytest.importorskip("torch")
 hf_models = pytest.importorskip("hf_models")
@@ -119,3 +119,16 @@ def test_the_source_decides_the_network_and_the_config_how_it_computes(published
     assert with_weights_shape(Config()) == Config()
     with pytest.raises(ConfigError, match=r"tokenizer\.source or model\.source"):
         override(Config(), ["tokenizer.kind=checkpoint"])
+
+
+@pytest.mark.parametrize(("call_format", "read"), [("auto", False), ("llama", True)])
+def test_the_config_can_say_how_calls_are_written(published, tmp_path, call_format, read):
+    config = override(
+        with_weights_shape(override(Config(), [f"model.source={published}", "tokenizer.kind=checkpoint"])),
+        [f"tokenizer.call_format={call_format}", "tasks.families=ledger"],
+    )
+    with open_tools(config) as (stream, toolboxes, sandbox):
+        tokenizer = build_tokenizer(config, tmp_path, stream, toolboxes)
+        chat = build_environment(config, tokenizer, stream, toolboxes, sandbox).chat
+    turn = chat.parse(tokenizer.encode('{"name": "total", "parameters": {}}'))
+    assert (turn.call is not None) == read

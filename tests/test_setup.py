@@ -218,8 +218,8 @@ def test_a_data_set_is_a_family_like_the_others(tmp_path):
         dataclasses.replace(config, tasks=dataclasses.replace(config.tasks, datasets=(test_only,))).check()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("math_verify") is not None, reason="math-verify is installed")
-def test_a_missing_grader_is_told_with_the_way_out(tmp_path):
+def test_a_missing_grader_is_told_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = override(gsm8k_like(tmp_path), ["tasks.datasets.0.checker=default"])
     with pytest.raises(ConfigError, match=r"data set pens: .*math-verify.*checker=exact"), open_tools(config):
         pass

@@ -142,7 +142,7 @@ _POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 _SHORT_UNITS = frozenset(u for u in _UNITS if 1 < len(u) < 4 and u.isalpha()) | {"sq", "cu", "mph"}
 _SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # What changes the number it follows in another way, or is no unit but a variable.
-_NOT_UNITS = re.compile(
+NOT_UNITS = re.compile(
     r"\b(half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?"
     r"|thousandths?|hundred|thousand|squared|cubed|root|power|factorial|choose|base|modulo|mod|plus|minus|times|over|per"
     r"|infinity|alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega)\b"
@@ -468,7 +468,7 @@ def _read_number(text: str) -> _Number | None:
 
 
 def _is_unit(word: str) -> bool:
-    return not _NOT_UNITS.search(word.lower()) and all(
+    return not NOT_UNITS.search(word.lower()) and all(
         len(part) > 1 or part in _LETTERS for part in re.split("[/-]", word)
     )
 

@@ -5,7 +5,9 @@ tensorflow-datasets, which is needed for that only. Rows of one's own are jsonl:
 validation.jsonl and test.jsonl, as many as there are; `rows.Row` documents the keys.
 """
 
+import contextlib
 import functools
+import io
 import json
 import operator
 import os
@@ -121,7 +123,12 @@ def build_array_record(staged: pathlib.Path, kind: str, counts: Mapping[Split, i
     """
     tfds = require_array_record()
     builder = _builder_class()(config=kind, data_dir=str(folder), file_format="array_record")
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(staged)))
+    tfds.disable_progress_bar()  # nothing is downloaded, and the command line says what it did
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(
+            download_dir=str(staged / "downloads"),  # it makes one even if it stays empty
+            download_config=tfds.download.DownloadConfig(manual_dir=str(staged)),
+        )
     for split, count in counts.items():
         found = len(builder.as_data_source(split=split))
         if found != count:
