@@ -15,7 +15,7 @@ shift "$(($# < 2 ? $# : 2))"
 # shellcheck source=experiments/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 if [ ! -f data/gsm8k/manifest.json ]; then
-  python -m elpo_jax.tasks.prepare gsm8k --from "$from" --out data/gsm8k --format jsonl
+  python -m elpo_jax.tasks.prepare gsm8k --from "$from" --out data/gsm8k
 fi
 resume=""
 [ -f "$workdir/config.json" ] && resume="--resume"
