@@ -83,6 +83,8 @@ class DatasetConfig:
       plain: Prompts without instructions, for policies that learn what to do from demonstrations.
       validation: Share of the training rows that is held out, where the data set has no validation split.
       demonstrations: Transcripts for the cold start, of rows whose solutions have calculator marks; 0 for none.
+      rows: How many test rows the protocol is about: a folder with another number is refused; 0 for any.
+      k: Attempts at each test row in the evaluation of a stage; 0 for eval.k.
     """
 
     name: str
@@ -95,6 +97,8 @@ class DatasetConfig:
     plain: bool = False
     validation: float = 0.05
     demonstrations: int = 0
+    rows: int = 0
+    k: int = 0
 
     @property
     def difficulties(self) -> tuple[int, ...]:
@@ -234,6 +238,7 @@ class RlConfig:
       eval_tasks: See above.
       eval_k: See above.
       dump_every: Batches between dumps of all trees to rollouts/, beside the first and the last (0: never).
+      dump_private: Dump also the trees of tasks whose authors ask that their text is not spread, such as GPQA's.
       save_every: Batches between checkpoints.
       optimizer: AdamW.
     """
@@ -247,6 +252,7 @@ class RlConfig:
     eval_tasks: int = 32
     eval_k: int = 2
     dump_every: int = 10
+    dump_private: bool = False
     save_every: int = 10
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-4, warmup_steps=8, b2=0.99, weight_decay=0.0)
 
@@ -258,7 +264,7 @@ class EvalConfig:
     Attributes:
       tasks: Test tasks per family.
       validation_tasks: Validation tasks per family, for choices that the test split must not make; 0 for none.
-      k: Attempts at each task.
+      k: Attempts at each task, where its data set has no k of its own.
       temperature: Of sampling; 0 is greedy.
       top_p: Share of the probability that is sampled from.
       bootstrap: Resamples of the tasks behind each interval.
@@ -373,13 +379,18 @@ class Config:
         if len({"wordmath", "ledger", *datasets}) < len(datasets) + 2:
             raise ConfigError(f"tasks.datasets needs a different name for each, not {', '.join(datasets)}")
         for i, dataset in enumerate(self.tasks.datasets):
-            if dataset.max_calls < 0 or dataset.demonstrations < 0 or not 0 <= dataset.validation < 1:
+            numbers = {name: getattr(dataset, name) for name in ("max_calls", "demonstrations", "rows", "k")}
+            if min(numbers.values()) < 0 or not 0 <= dataset.validation < 1:
+                said = ", ".join(f"{name}={value}" for name, value in numbers.items())
                 raise ConfigError(
-                    f"tasks.datasets.{i}: max_calls={dataset.max_calls} and demonstrations={dataset.demonstrations} "
-                    f"must be at least 0, and validation={dataset.validation} at least 0 and less than 1"
+                    f"tasks.datasets.{i}: {said} must be at least 0, and validation={dataset.validation} at least 0 "
+                    "and less than 1"
                 )
-        if not self.training_families:
-            raise ConfigError("tasks.families has none to train on: set tasks.datasets.N.use to train or both for one")
+        if not self.training_families and (self.sft.steps or self.rl.steps):
+            raise ConfigError(
+                "tasks.families has none to train on: set tasks.datasets.N.use to train or both for one, or sft.steps "
+                "and rl.steps to 0 to evaluate only"
+            )
         if self.tokenizer.kind == "checkpoint" and not (self.tokenizer.source or self.model.source):
             raise ConfigError("tokenizer.kind=checkpoint needs a folder: set tokenizer.source or model.source")
         if self.model.source and self.tokenizer.kind != "checkpoint":
@@ -421,11 +432,12 @@ class Config:
 
         In a data set those are not quite the same: rows that cannot be demonstrated are passed over, and it goes round.
         """
-        return max(self.demonstrations.values()) * len(self.training_families)
+        return max(self.demonstrations.values(), default=0) * len(self.training_families)
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
-        return (self.algo, *self.against)
+        """The algorithms that are run; none where rl.steps=0, and then the start alone is measured."""
+        return (self.algo, *self.against) if self.rl.steps else ()
 
 
 def to_json(config: Any) -> dict:

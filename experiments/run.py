@@ -11,6 +11,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 
@@ -258,17 +259,20 @@ def measure(
     sampler.load(state.params, version=int(state.step))
     counts: dict[Split, int] = {"test": config.eval.tasks, "validation": config.eval.validation_tasks}
     tasks = {split: held_out(stream, split, count) for split, count in counts.items() if count}
-    attempts = {split: config.eval.k * sum(map(len, families.values())) for split, families in tasks.items()}
+    sampling = config.eval.k, config.eval.temperature, config.eval.top_p
+    own_k = {name: k for name in config.tasks.families if (k := getattr(config.tasks.of(name), "k", 0))}
+    protocols = {
+        split: protocol_of(config, environment, split, of, *sampling, own_k if split == "test" else {})
+        for split, of in tasks.items()
+        if of
+    }
+    attempts = {s: sum(p.k_of(family) * len(of) for family, of in tasks[s].items()) for s, p in protocols.items()}
     by_split, done = {}, 0
     with Progress(f"evaluating {name}", sum(attempts.values())) as progress:
-        for split, families in tasks.items():
-            if not families:
-                continue
-            sampling = config.eval.k, config.eval.temperature, config.eval.top_p
-            protocol = protocol_of(config, environment, split, families, *sampling)
+        for split, protocol in protocols.items():
             by_split[split] = evaluate(
                 name,
-                families,
+                tasks[split],
                 protocol,
                 environment,
                 sampler,
@@ -279,7 +283,7 @@ def measure(
     for split, figures in by_split.items():
         print(f"{name}, {figures['protocol_line']}")
         for family, values in figures["families"].items():
-            print(f"  {split:<10} {family:<9} {figures_line(values, config.eval.k)}", flush=True)
+            print(f"  {split:<10} {family:<9} {figures_line(values, protocols[split].k_of(family))}", flush=True)
     figures = by_split["test"] | {"validation": by_split.get("validation"), "seconds": time.perf_counter() - began}
     write_json(path, figures)
 
@@ -302,11 +306,13 @@ def protocol_of(
     k: int,
     temperature: float,
     top_p: float,
+    own_k: Mapping[str, int] = MappingProxyType({}),
 ) -> Protocol:
     return Protocol(
         split=split,
         families={name: f"{len(of)} tasks, {config.tasks.of(name).line()}" for name, of in tasks.items()},
         k=k,
+        own_k={name: own_k[name] for name in tasks if name in own_k},
         temperature=temperature,
         top_p=top_p,
         seed=config.seed,
@@ -343,16 +349,15 @@ def summarise(config: Config, workdir: pathlib.Path, elapsed: float) -> dict:
     names = stages(config)
     evals = {name: read_figures(workdir / "eval" / f"{name}.json", FIGURES) for name in names}
     rows = {name: read_metrics(workdir / name / "metrics.jsonl") for name in names}
-    k = f"avg@{config.eval.k}"
     seconds = {name: sum(row["seconds/step"] for row in rows[name]) for name in names}
     seconds["eval"] = sum(figures["seconds"] for figures in evals.values())
     seconds["total"] = max(elapsed, sum(seconds.values()))  # a resumed run: at least what its stages took
     return {
         "protocol": evals["sft"]["protocol"] | {"line": evals["sft"]["protocol_line"], "seed": config.seed},
-        "families": accuracies(evals, k),
+        "families": accuracies(evals),
         "validation": {
             "line": evals["sft"]["validation"]["protocol_line"],
-            "families": accuracies({name: figures["validation"] for name, figures in evals.items()}, k),
+            "families": accuracies({name: figures["validation"] for name, figures in evals.items()}),
         }
         if config.eval.validation_tasks
         else None,
@@ -372,12 +377,16 @@ def totals(rows: Sequence[Mapping]) -> dict[str, int | float]:
     return spent | {name: round(value, 1) if name == "paused_s" else int(value) for name, value in faults.items()}
 
 
-def accuracies(evals: dict[str, dict], metric: str) -> dict[str, dict[str, dict]]:
-    """family -> stage -> the metric, its interval and the number of tasks."""
+def accuracies(evals: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """family -> stage -> avg@k, its interval and the number of tasks."""
     families = dict.fromkeys(family for figures in evals.values() for family in figures["families"])
     return {
         family: {
-            name: {key: figures["families"][family][key] for key in (metric, "ci", "n")}
+            name: {
+                key: value
+                for key, value in figures["families"][family].items()
+                if key.startswith("avg@") or key in ("ci", "n")
+            }
             for name, figures in evals.items()
         }
         for family in families

@@ -532,13 +532,14 @@ def test_an_attempt_that_a_broken_grader_lost_is_played_again(world):
     assert [len(tree.leaves) for tree in trees] == [4] * 3
 
 
-def test_trees_of_private_tasks_are_not_written(world, tmp_path):
+def test_trees_of_private_tasks_are_written_only_when_asked_for(world, tmp_path):
     ledger = world.environment.families["ledger"]
     tasks = [ledger.task("validation", i, difficulty=3) for i in range(2)]
     tasks[0] = dataclasses.replace(tasks[0], meta={**tasks[0].meta, "private": True})
     search = SearchConfig(budget=4, localizer="none")
     sampler = Scripted(world.environment.chat, tasks)
     trees = collect(tasks, search, world.environment, sampler, seed=0, step=0, temperature=1.0)
-    dump(tmp_path / "step.jsonl", 1, elpo(), trees, [assign(tree, elpo()) for tree in trees], world.environment)
-    (line,) = (tmp_path / "step.jsonl").read_text().splitlines()
-    assert json.loads(line)["task"]["id"] == tasks[1].id
+    for private, written in ((False, tasks[1:]), (True, tasks)):
+        path, credits = tmp_path / f"{private}.jsonl", [assign(tree, elpo()) for tree in trees]
+        dump(path, 1, elpo(), trees, credits, world.environment, private)
+        assert [json.loads(line)["task"]["id"] for line in path.open()] == [task.id for task in written]

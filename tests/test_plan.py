@@ -367,7 +367,19 @@ def test_a_paper_experiment_has_the_published_numbers(recipe, backbone):
 
 def test_every_paper_experiment_is_tested():
     names = {path.stem for path in PAPER.glob("*.py")} - {"__init__", "common", "backbones", "evaluation"}
-    assert names == {f"{recipe}_{backbone}" for recipe in ("elpo", "grpo", "dapo") for backbone in BACKBONES}
+    assert names == {f"{job}_{backbone}" for job in ("elpo", "grpo", "dapo", "evaluate") for backbone in BACKBONES}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_evaluation_measures_every_column_by_its_protocol_and_trains_nothing(backbone):
+    trained, config = (load(f"experiments/paper/{job}_{backbone}.py") for job in ("elpo", "evaluate"))
+    assert config.check(row_parts=8).recipes == () and config.sft.steps == 0
+    assert config.tasks.families == tuple(column.dataset for column in COLUMNS.values())
+    assert config.eval == trained.eval and config.eval.tasks == 5000
+    for column in COLUMNS.values():
+        dataset = config.tasks.of(column.dataset)
+        assert dataset == trained.tasks.of(column.dataset)
+        assert (dataset.k, dataset.rows, dataset.use) == (column.k, column.rows, "test")
 
 
 def test_the_columns_of_table_1_are_those_of_the_paper():

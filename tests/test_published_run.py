@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from test_hub_text import CHATML
 
-from elpo_jax.config import Config, ConfigError
+from elpo_jax.config import Config, ConfigError, DatasetConfig
 from elpo_jax.model.weights import main as weights
 from elpo_jax.overrides import override
 from elpo_jax.text.hub_tokenizer import train_bpe
@@ -34,10 +34,10 @@ def published(tmp_path_factory):
     return folder
 
 
-def start(workdir, *changes):
+def start(workdir, *changes, experiment="tests/tiny.py"):
     assignments = [part for change in changes for part in ("--set", change)]
     return subprocess.run(
-        [sys.executable, "-m", "experiments.run", "tests/tiny.py", "--workdir", str(workdir), *assignments],
+        [sys.executable, "-m", "experiments.run", str(experiment), "--workdir", str(workdir), *assignments],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -86,6 +86,44 @@ def test_the_weights_come_in_and_go_out_and_the_template_is_the_one_that_speaks(
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (published / name).read_bytes()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 2048
+
+
+def test_weights_are_evaluated_as_they_are_each_data_set_with_its_own_k(published, tmp_path):
+    for name, count in (("pens", 3), ("cups", 2)):
+        rows = [{"problem": f"{i} {name}?", "answer": str(i), "grader": "math"} for i in range(count)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets = tuple(
+        DatasetConfig(name, str(tmp_path / name), use="test", tool="calculator", checker="exact", k=k, rows=rows)
+        for name, k, rows in (("pens", 2, 3), ("cups", 0, 0))
+    )
+    experiment = tmp_path / "experiment.py"
+    experiment.write_text(
+        "import dataclasses\n"
+        "from elpo_jax.config import DatasetConfig\n"
+        "from tests.tiny import get_config as tiny\n"
+        "def get_config():\n"
+        f"    tasks = dataclasses.replace(tiny().tasks, families=('pens', 'cups'), datasets={datasets!r})\n"
+        "    return dataclasses.replace(tiny(), tasks=tasks)\n"
+    )
+    changes = [
+        f"model.source={published}",
+        "tokenizer.kind=checkpoint",
+        "sampler.context=2048",
+        "sampler.slots=4",
+        "rollout.max_turn_tokens=8",
+        "sft.steps=0",
+        "rl.steps=0",
+        "eval.k=1",
+        "eval.validation_tasks=0",
+    ]
+    done = start(tmp_path / "run", *changes, experiment=experiment)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    figures = {family: of["sft"] for family, of in results["families"].items()}
+    assert figures["pens"].keys() == {"avg@2", "ci", "n"} and figures["cups"].keys() == {"avg@1", "ci", "n"}
+    assert (figures["pens"]["n"], figures["cups"]["n"], results["budget"]) == (3, 2, {})
+    assert "k=1 (pens: 2)" in done.stdout and not (tmp_path / "run" / "elpo").exists()
 
 
 def test_what_does_not_fit_is_told_before_anything_is_read(published, tmp_path):

@@ -225,11 +225,23 @@ def test_a_missing_grader_is_told_with_the_way_out(tmp_path, monkeypatch):
         pass
 
 
+def test_a_protocol_about_so_many_rows_is_not_measured_on_others(tmp_path):
+    config = gsm8k_like(tmp_path)
+    with open_tools(override(config, ["tasks.datasets.0.rows=8"])):
+        pass
+    with (
+        pytest.raises(ConfigError, match="has 8 test rows and the protocol of pens is about 131"),
+        open_tools(override(config, ["tasks.datasets.0.rows=131"])),
+    ):
+        pass
+
+
 def test_data_sets_are_checked_like_everything_else(tmp_path):
     config = gsm8k_like(tmp_path)
     for change, message in (
         ("tasks.datasets.0.validation=1", "validation=1.0 at least 0 and less than 1"),
         ("tasks.datasets.0.max_calls=-1", "max_calls=-1"),
+        ("tasks.datasets.0.k=-1", "k=-1 must be at least 0"),
         ("tasks.datasets.0.name=ledger", "a different name for each"),
         ("tasks.datasets.0.tool=sql", "must be one of calculator, code_interpreter"),
         ("tasks.families=pencils", "unknown family 'pencils'.* pens"),

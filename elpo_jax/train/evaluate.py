@@ -101,7 +101,7 @@ class Protocol:
 
     split: str
     families: Mapping[str, str]  # how many tasks of each, and of what kind
-    k: int
+    k: int  # attempts at each task
     temperature: float
     top_p: float
     seed: int
@@ -109,17 +109,23 @@ class Protocol:
     context: int
     isolation: str  # of model-written programs
     checkers: Mapping[str, str]  # by family: what decides whether an attempt succeeded
+    own_k: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by family, where it is not `k`
     majority_ties: str = "first answer given; empty answers do not vote"
     interval: str = "95 % percentile bootstrap over tasks"
+
+    def k_of(self, family: str) -> int:
+        """Attempts at each task of a family."""
+        return self.own_k.get(family, self.k)
 
     def line(self) -> str:
         families, checkers = (
             "; ".join(f"{family}: {text}" for family, text in of.items()) for of in (self.families, self.checkers)
         )
+        own = "".join(f" ({family}: {k})" for family, k in self.own_k.items())
         return (
-            f"{self.split} split ({families}), k={self.k}, temperature {self.temperature:g}, top-p {self.top_p:g}, "
-            f"seed {self.seed}, turn <= {self.max_turn_tokens} tokens, context {self.context}; isolation of "
-            f"programs: {self.isolation.replace('unsafe', 'NONE (unsafe)')}; checker: {checkers}; "
+            f"{self.split} split ({families}), k={self.k}{own}, temperature {self.temperature:g}, "
+            f"top-p {self.top_p:g}, seed {self.seed}, turn <= {self.max_turn_tokens} tokens, context {self.context}; "
+            f"isolation of programs: {self.isolation.replace('unsafe', 'NONE (unsafe)')}; checker: {checkers}; "
             f"maj@k ties: {self.majority_ties}; {self.interval}"
         )
 
@@ -133,20 +139,23 @@ def evaluate(
     bootstrap: int,
     progress: Callable[[int], None] = lambda rollouts: None,
 ) -> dict:
-    """Plays `protocol.k` attempts at each family's tasks and returns the content of eval/NAME.json."""
-    everything = [task for family in tasks.values() for task in family]
-    attempts = sample(
-        everything,
-        protocol.k,
-        environment,
-        sampler,
-        seed=protocol.seed,
-        step=EVAL_STREAM,
-        temperature=protocol.temperature,
-        top_p=protocol.top_p,
-        progress=progress,
-    )
-    of = {task.uid: row for task, row in zip(everything, attempts, strict=True)}
+    """Plays `protocol.k_of(family)` attempts at each family's tasks and returns the content of eval/NAME.json."""
+    of: dict[int, list[Trajectory]] = {}
+    for k in dict.fromkeys(map(protocol.k_of, tasks)):  # families that share k are played together
+        members = [task for family, those in tasks.items() if protocol.k_of(family) == k for task in those]
+        done = sum(map(len, of.values()))
+        attempts = sample(
+            members,
+            k,
+            environment,
+            sampler,
+            seed=protocol.seed,
+            step=EVAL_STREAM,
+            temperature=protocol.temperature,
+            top_p=protocol.top_p,
+            progress=lambda rollouts, done=done: progress(done + rollouts),
+        )
+        of |= {task.uid: row for task, row in zip(members, attempts, strict=True)}
     return {
         "name": name,
         "protocol": dataclasses.asdict(protocol),

@@ -100,7 +100,8 @@ def train_rl(
             row["rollout/slot_use"] = learner.sampler.occupancy
             done = step + 1
             if config.dump_every and (done % config.dump_every == 0 or done in (1, config.steps)):
-                dump(dumps / f"step_{done:06d}.jsonl", done, recipe, trees, credits, learner.environment)
+                path = dumps / f"step_{done:06d}.jsonl"
+                dump(path, done, recipe, trees, credits, learner.environment, config.dump_private)
             if config.eval_every and done % config.eval_every == 0:
                 learner.sampler.load(state.params, version=done)
                 row |= learner.validate(done)
@@ -229,14 +230,14 @@ def rollout_metrics(trees: Sequence[RolloutTree], credits: Sequence[Credit]) -> 
     return row
 
 
-def dump(path, step: int, recipe: Recipe, trees, credits, environment: Environment) -> None:
-    """Writes the batch's trees, one JSON line each, atomically; not those of tasks whose text must not be shown."""
+def dump(path, step: int, recipe: Recipe, trees, credits, environment: Environment, private: bool = False) -> None:
+    """Writes the batch's trees, one JSON line each, atomically; with `private` also those of tasks not to be spread."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     decode = environment.chat.tokenizer.decode
     with partial.open("w", encoding="utf-8") as file:
         for tree, credit in zip(trees, credits, strict=True):
-            if tree.task.meta.get("private"):
+            if tree.task.meta.get("private") and not private:
                 continue
             family = environment.families[tree.task.family]
             line = tree_to_json(tree, decode_token=lambda i: decode([i]), credit=credit, family=family)

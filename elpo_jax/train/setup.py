@@ -176,6 +176,12 @@ def open_tools(config: Config) -> Iterator[tuple[TaskStream, dict[str, ToolBox],
                 families[name] = Ledger(seed=config.seed, slack=ledger.slack, noise=ledger.noise)
             else:
                 tool = Calculator() if numbers.tool == "calculator" else interpreter
+                found = len(datasets[name].get("test", ()))
+                if numbers.rows not in (0, found):
+                    raise ConfigError(
+                        f"{numbers.path} has {found} test rows and the protocol of {name} is about {numbers.rows}: "
+                        "prepare that slice of the data set, or set rows=0 for another protocol"
+                    )
                 grade, checker = _grader(numbers, datasets[name], sandbox, stack)
                 families[name] = DatasetFamily(
                     name,

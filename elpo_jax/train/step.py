@@ -70,11 +70,14 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
 
     Args:
       config: The numbers.
-      total_steps: Optimizer steps of the whole run, where a falling schedule reaches 0.
+      total_steps: Optimizer steps of the whole run, where a falling schedule reaches 0; with none nothing is kept.
 
     Raises:
       ValueError: If a falling schedule has no step left after the warm-up.
     """
+    if not total_steps:  # weights that are only evaluated: their moments would take twice their memory
+        nothing = optax.identity()
+        return Optimizer(init=nothing.init, update=nothing.update, learning_rate=jnp.zeros_like)
     if config.schedule != "constant" and total_steps <= config.warmup_steps:
         raise ValueError(
             f"optimizer.warmup_steps={config.warmup_steps} leaves no step of {total_steps} for the "

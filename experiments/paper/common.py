@@ -53,8 +53,6 @@ def paper_config(name: str, model: ModelConfig, weights: str, recipe: Recipe) ->
       recipe: The algorithm of the RL stage.
     """
     batch, minibatch = 128, 16  # paper: prompts of a batch and of an optimizer step
-    # The columns of Table 1 that have a protocol; they share k.
-    columns = [column for column in COLUMNS.values() if column.source == "Open-AgentRL"]
     config = Config(
         name=name,
         mesh=MeshConfig(data=1, fsdp=8),  # paper: 8 A100; our choice: how they are used
@@ -62,11 +60,11 @@ def paper_config(name: str, model: ModelConfig, weights: str, recipe: Recipe) ->
         algo=recipe,
         against=(),
         tasks=TasksConfig(
-            families=("open_agentrl_30k", *(column.dataset for column in columns)),
+            families=("open_agentrl_30k", *(column.dataset for column in COLUMNS.values())),
             datasets=(
                 # Our choice: the checkers of Open-AgentRL's code.
                 _dataset("open_agentrl_30k", "train", checker="strict_box", partial_credit=True),
-                *(_dataset(column.dataset, "test") for column in columns),
+                *(_dataset(c.dataset, "test", rows=c.rows, k=c.k) for c in COLUMNS.values()),
             ),
         ),
         sampler=SamplerConfig(
@@ -124,14 +122,27 @@ def paper_config(name: str, model: ModelConfig, weights: str, recipe: Recipe) ->
             ),
         ),
         eval=EvalConfig(  # see evaluation.py
-            k=columns[0].k,
             temperature=TEMPERATURE,
             top_p=TOP_P,
-            tasks=max(column.rows for column in columns),
+            tasks=max(column.rows for column in COLUMNS.values()),
             validation_tasks=0,
         ),
     )
     return published_files(config, weights)
+
+
+def evaluation_config(name: str, model: ModelConfig, weights: str) -> Config:
+    """Every column of Table 1 for weights as they are: published ones, or what a run exported."""
+    config = paper_config(name, model, weights, paper_elpo())
+    columns = tuple(column.dataset for column in COLUMNS.values())
+    return dataclasses.replace(
+        config,
+        tasks=dataclasses.replace(
+            config.tasks, families=columns, datasets=tuple(d for d in config.tasks.datasets if d.name in columns)
+        ),
+        sft=dataclasses.replace(config.sft, steps=0),
+        rl=dataclasses.replace(config.rl, steps=0),
+    )
 
 
 def published_files(config: Config, weights: str) -> Config:
