@@ -158,7 +158,7 @@ def test_the_protocol_says_everything_that_a_figure_depends_on():
     )
     unsafe = dataclasses.replace(protocol, isolation="unsafe")
     assert "isolation of programs: NONE (unsafe); " in unsafe.line()
-    others = {"families": {"wordmath": "5 tasks"}, "checkers": {"wordmath": "none"}}
+    others = {"families": {"wordmath": "5 tasks"}, "checkers": {"wordmath": "none"}, "own_k": {"ledger": 4}}
     for name, value in vars(protocol).items():  # no part of it is left out
         other = others.get(name) or value + ("!" if isinstance(value, str) else 1)
         assert dataclasses.replace(protocol, **{name: other}).line() != protocol.line(), name
