@@ -26,7 +26,7 @@ from elpo_jax.policy.recipes import elpo
 from elpo_jax.tools.base import Status
 from elpo_jax.trees.trajectory import Author, Segment
 
-FIELDS = ("tokens", "steps", "behaviour_logp", "branch", "trajectory", "weight")
+FIELDS = ("tokens", "steps", "behaviour_logp", "branch", "trajectory")
 
 
 def example_of(steps, leaves=None, **fields) -> Example:
@@ -49,21 +49,25 @@ def test_packing_loses_and_mixes_nothing(seed, count, length):
     batch = pack(examples, length)
     found = {}
     for row in range(batch.tokens.shape[0]):
-        numbers = batch.segments[row]
-        for segment in range(1, numbers.max() + 1):
-            (where,) = np.nonzero(numbers == segment)
-            assert list(where) == list(range(where[0], where[-1] + 1))  # contiguous
+        for start in np.flatnonzero(batch.positions[row] == 0):
+            where = np.arange(start, batch.ends[row, start])
+            np.testing.assert_array_equal(batch.ends[row, where], where[-1] + 1)
             np.testing.assert_array_equal(batch.positions[row, where], np.arange(len(where)))
-            found[int(batch.tokens[row, where[0]])] = (row, where)
+            np.testing.assert_array_equal(batch.previous[row, where[1:]], where[:-1])
+            found[int(batch.tokens[row, start])] = (row, where)
     for example in examples:
         row, where = found.pop(int(example.tokens[0]))
         for name in FIELDS:
             np.testing.assert_array_equal(getattr(batch, name)[row, where], getattr(example, name))
-        assert set(batch.first_failure[row, where]) == {example.first_failure}
+        place = np.sign(example.steps - example.first_failure) + 1 if example.first_failure else 0 * example.steps
+        region = (place == np.arange(3)[:, None]) & (example.steps > 0)
+        np.testing.assert_array_equal(batch.leaves[row][:, where], region)
+        np.testing.assert_array_equal(batch.weight[row][:, where], region * example.weight)
     assert not found
-    padding = batch.segments == 0
-    for name, blank in {"tokens": 0, "positions": -1, "steps": 0, "first_failure": 0, "weight": 0}.items():
+    padding = batch.ends == 0
+    for name, blank in {"tokens": 0, "positions": -1, "previous": 0, "steps": 0}.items():
         assert np.all(getattr(batch, name)[padding] == blank)
+    assert not batch.weight.swapaxes(1, 2)[padding].any() and not batch.leaves.swapaxes(1, 2)[padding].any()
     again = pack(examples, length)
     assert all(np.array_equal(getattr(batch, f.name), getattr(again, f.name)) for f in dataclasses.fields(batch))
 
@@ -154,7 +158,8 @@ def test_stacking_pads_with_rows_that_count_nothing():
         assert count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) and count * micro_rows >= len(rows.tokens)
         assert count == 1 or 3 * (count - -(-len(rows.tokens) // micro_rows)) < count
         for field in dataclasses.fields(batch):
-            flat = getattr(batch, field.name).reshape(-1, 25)
+            flat = getattr(batch, field.name)
+            flat = flat.reshape(-1, *flat.shape[2:])
             np.testing.assert_array_equal(flat[: len(rows.tokens)], getattr(rows, field.name))
             np.testing.assert_array_equal(
                 flat[len(rows.tokens) :], getattr(empty(len(flat) - len(rows.tokens), 25), field.name)

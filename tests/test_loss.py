@@ -147,16 +147,19 @@ def row(steps, first_failure, ratios, advantage) -> tuple[np.ndarray, Batch]:
     steps, ratios = np.array([steps], np.int32), np.array([ratios], np.float32)
     behaviour = np.full(steps.shape, -1.0, np.float32)
     signal = np.full(steps.shape, advantage, np.float32)
+    place = np.sign(steps - first_failure) + 1 if first_failure else np.zeros_like(steps)  # before, on or after it
+    region = (place[:, None] == np.arange(3)[:, None]) & (steps > 0)[:, None]
     batch = Batch(
         tokens=np.zeros_like(steps),
         positions=np.arange(steps.size, dtype=np.int32)[None],
-        segments=np.ones_like(steps),
+        ends=np.full_like(steps, steps.size),
+        previous=np.maximum(np.arange(steps.size, dtype=np.int32) - 1, 0)[None],
         steps=steps,
-        first_failure=np.full_like(steps, first_failure),
         behaviour_logp=behaviour,
         branch=signal,
         trajectory=signal,
-        weight=np.ones_like(behaviour),
+        leaves=region.astype(np.int32),
+        weight=region.astype(np.float32),
         reference_logp=np.zeros_like(behaviour),
     )
     return (behaviour + np.log(ratios)).astype(np.float32), batch
@@ -165,14 +168,15 @@ def row(steps, first_failure, ratios, advantage) -> tuple[np.ndarray, Batch]:
 @pytest.mark.parametrize(("sign", "critical"), CLIP_TABLE)
 def test_clip_gradient_table(sign, critical):
     scalars = scalars_of(elpo())
-    each = jax.vmap(jax.value_and_grad(lambda logp, batch: policy_loss(logp, logp, batch, scalars)[0]))
+    slope = jax.grad(lambda logp, batch: policy_loss(logp, logp, batch, scalars)[0])
     values, slopes = zip(*CLIP_TABLE[sign, critical], strict=True)
     # The critical step itself, and one behind it: both have the relaxed bound. A step before it does not.
     for step, first_failure in [(2, 2), (3, 2)] if critical else [(1, 2), (2, 0)]:
         logp, batch = row([step] * 6, first_failure, RATIOS, sign)
-        loss, gradient = each(logp[0], jax.tree.map(lambda x: x[0], batch))
-        np.testing.assert_allclose(-loss, values, rtol=1e-6)
-        np.testing.assert_allclose(-gradient, slopes, rtol=1e-6, atol=0)
+        columns = [jax.tree.map(lambda x, t=t: x[..., t : t + 1], batch) for t in range(6)]
+        losses = [policy_loss(logp[:, t : t + 1], logp[:, t : t + 1], columns[t], scalars)[0] for t in range(6)]
+        np.testing.assert_allclose([-float(loss) for loss in losses], values, rtol=1e-6)
+        np.testing.assert_allclose(-slope(logp, batch)[0], slopes, rtol=1e-6, atol=0)
 
 
 def test_metrics_of_the_clip_table():
@@ -200,19 +204,21 @@ def test_metrics_of_the_clip_table():
 
 
 def test_error_localized_by_hand():
-    steps, failure = [0, 1, 1, 0, 2, 3], [2, 2, 2, 2, 2, 2]
-    _, batch = row(steps, 2, [1.0] * 6, 0.0)
+    """Six tokens; an attempt of weight 1 fails at step 2, and one of weight 0.5 shares all but the last and does not."""
+    _, batch = row([0, 1, 1, 0, 2, 3], 2, [1.0] * 6, 0.0)
+    weight = batch.weight + np.array([0, 0.5, 0.5, 0, 0.5, 0])[None, None] * np.array([1, 0, 0])[None, :, None]
     batch = batch.replace(
         branch=np.full((1, 6), 4.0, np.float32),
         trajectory=np.full((1, 6), -2.0, np.float32),
-        first_failure=np.array([failure], np.int32),
+        weight=weight.astype(np.float32),
     )
     scalars = scalars_of(elpo(lambda_tree=0.25, critical_weight=3.0))
     advantage, low, high, weight = error_localized(batch, scalars)
-    np.testing.assert_allclose(advantage, [[-0.5] * 6], rtol=1e-6)  # 0.25 * 4 - 0.75 * 2
-    np.testing.assert_allclose(low, [[0.2, 0.2, 0.2, 0.2, 0.315, 0.315]], rtol=1e-6)
-    np.testing.assert_allclose(high, [[0.315] * 6], rtol=1e-6)
-    np.testing.assert_allclose(weight, [[1, 1, 1, 1, 3, 1]], rtol=1e-6)
+    np.testing.assert_allclose(advantage, np.full((1, 3, 6), -0.5), rtol=1e-6)  # 0.25 * 4 - 0.75 * 2
+    np.testing.assert_allclose(low, [[[0.2] * 6, [0.315] * 6, [0.315] * 6]], rtol=1e-6)
+    np.testing.assert_allclose(high, np.full((1, 3, 6), 0.315), rtol=1e-6)
+    before, critical, after = [0, 1.5, 1.5, 0, 0.5, 0], [0, 0, 0, 0, 3, 0], [0, 0, 0, 0, 0, 1]
+    np.testing.assert_allclose(weight, [[before, critical, after]], rtol=1e-6)
 
 
 def test_without_elc_a_first_failure_changes_no_bit():
@@ -223,7 +229,7 @@ def test_without_elc_a_first_failure_changes_no_bit():
     theta = np.concatenate([e.behaviour_logp for e in examples]).astype(np.float32)
     theta += rng.normal(size=len(theta)).astype(np.float32)
     batch = batch_of(examples, recipe)
-    blind = batch.replace(first_failure=np.zeros_like(batch.first_failure))
+    blind = batch_of([dataclasses.replace(example, first_failure=0) for example in examples], recipe)
     without = [from_theta(theta, theta, theta, b, scalars_of(recipe)) for b in (batch, blind)]
     relaxed = [from_theta(theta, theta, theta, b, scalars_of(elpo())) for b in (batch, blind)]
     assert without[0][0] == without[1][0]
@@ -244,9 +250,11 @@ def test_environment_and_padding_tokens_are_out_of_the_loss_whatever_they_hold()
     for garbage in (np.inf, -np.inf, np.nan, 1e30):
 
         def spoil(x, garbage=garbage):
-            return np.where(masked, np.float32(garbage), x) if x.dtype == np.float32 else x
+            where = masked if x.ndim == 2 else masked[:, None]
+            return np.where(where, np.float32(garbage), x) if x.dtype == np.float32 else x
 
-        spoiled = jax.tree.map(spoil, batch).replace(first_failure=np.where(masked, 1, batch.first_failure))
+        spoiled = jax.tree.map(spoil, batch)
+        spoiled = spoiled.replace(leaves=np.where(masked[:, None], 7, batch.leaves))
         (other, others), slope = step(spoil(logp), spoil(logp), spoiled, scalars)
         assert loss == other and metrics == others
         np.testing.assert_array_equal(gradient, slope)
@@ -428,7 +436,7 @@ def test_packed_equals_padded():
     packed = pack(examples, LENGTH)
     alone = [pack([example], 28) for example in examples]
     padded = jax.tree.map(lambda *rows: np.concatenate(rows), *alone)
-    assert packed.segments.max() > 1 and padded.segments.max() == 1
+    assert (packed.positions == 0).sum() == (padded.positions == 0).sum() == len(examples)
     assert packed.tokens.shape[0] < padded.tokens.shape[0]
     results = [accumulated(params, stack(rows, len(rows.tokens)), scalars_of(recipe, 0.7)) for rows in (packed, padded)]
     assert results[0][0][0] == pytest.approx(float(results[1][0][0]), rel=1e-5)
@@ -447,8 +455,8 @@ def test_targets_of_environment_tokens_do_not_reach_the_parameters():
     @jax.jit
     def gradients(targets):
         def loss(params):
-            hidden, _ = apply(TINY, params, batch.tokens, batch.positions, segments=batch.segments)
-            return policy_loss(*token_logprobs(TINY, params, hidden, targets, 1.0), batch, scalars_of(recipe))[0]
+            hidden, _ = apply(TINY, params, batch.tokens, batch.positions, ends=batch.ends)
+            return policy_loss(*token_logprobs(TINY, params, hidden, targets, 1.0, batch.previous), batch, scalars_of(recipe))[0]
 
         return jax.value_and_grad(loss)(params)
 
@@ -474,7 +482,7 @@ def test_logprobs_are_those_of_a_softmax_in_float64():
     examples, params = policy_batch(7, grpo())
     batch = pack(examples, LENGTH)
     logp = np.asarray(jax.jit(make_logprobs(TINY, 0.6))(params, batch))
-    hidden, _ = jax.jit(apply, static_argnums=0)(TINY, params, batch.tokens, batch.positions, segments=batch.segments)
+    hidden, _ = jax.jit(apply, static_argnums=0)(TINY, params, batch.tokens, batch.positions, ends=batch.ends)
     logits = np.asarray(hidden, np.float64) @ np.asarray(params["embed"], np.float64).T / 0.6
     exact = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for b, t in np.argwhere(batch.steps > 0):  # the state before a token predicts it

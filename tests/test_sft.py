@@ -34,7 +34,7 @@ def demonstrations() -> list:
 def batch(demonstrations) -> Batch:
     """Several packed transcripts to a row, with weights as of a loop that saw other batches before."""
     packed = pack([demonstration_example(t) for t in demonstrations], 64)
-    assert packed.segments.max() > 1 and (packed.steps == 0).any()
+    assert (packed.positions == 0).sum() > len(packed.tokens) and (packed.steps == 0).any()
     return packed.replace(weight=packed.weight / 50)
 
 
@@ -60,7 +60,7 @@ def test_only_the_models_tokens_are_learned(params, batch, monkeypatch):
     """Neither the weight nor the target of a token that the environment wrote reaches the loss or the gradient."""
     value, _, gradient = loss_and_gradient(params, batch)
     model = batch.steps > 0
-    heavy = batch.replace(weight=np.where(model, batch.weight, 7.0).astype(np.float32))
+    heavy = batch.replace(weight=np.where(model[:, None], batch.weight, 7.0).astype(np.float32))
     other = loss_and_gradient(params, heavy)
     assert other[0] == value
     jax.tree.map(np.testing.assert_array_equal, other[2], gradient)
@@ -69,8 +69,8 @@ def test_only_the_models_tokens_are_learned(params, batch, monkeypatch):
     def with_targets(targets):
         """The loss and its gradient where the network reads the batch's tokens but has to predict these."""
 
-        def logprobs(config, params, hidden, tokens, temperature):
-            return token_logprobs(config, params, hidden, targets, temperature)
+        def logprobs(config, params, hidden, tokens, temperature, previous):
+            return token_logprobs(config, params, hidden, targets, temperature, previous)
 
         with monkeypatch.context() as patched:
             patched.setattr(policy_loss, "token_logprobs", logprobs)
@@ -153,5 +153,6 @@ def test_a_resumed_loop_sees_the_same_batches(batch):
     for step, micro in enumerate(whole):
         assert micro.tokens.shape == (2, 2, data.tokens.shape[1])
         np.testing.assert_array_equal(micro.tokens.reshape(4, -1), data.tokens[rows_at(step, 4, 7, 3)])
-        assert micro.weight.sum() == pytest.approx(1.0) and not micro.weight[micro.steps == 0].any()
-        assert len(np.unique(micro.weight[micro.steps > 0])) == 1  # the mean over the batch's tokens
+        weight = micro.weight.sum(axis=2)
+        assert weight.sum() == pytest.approx(1.0) and not weight[micro.steps == 0].any()
+        assert len(np.unique(weight[micro.steps > 0])) == 1  # the mean over the batch's tokens

@@ -1,10 +1,10 @@
-"""From trajectories to the `Batch` that the jitted loss reads.
+"""From trees to the `Batch` that the jitted loss reads.
 
 Packing and weighting happen on the host in numpy; only arrays cross to the device, and every sum that the loss needs is
 already inside `Batch.weight`, so micro-batches and shards only ever add.
 
-Letters in shapes, here and in every other module: B rows, T tokens of a row, L layers, H heads, K kv-heads, D model
-width, N head width, F mlp width, V vocabulary, S cache length.
+Letters in shapes, here and in every other module: B rows, T tokens of a row, R regions around the first irrecoverable
+step, L layers, H heads, K kv-heads, D model width, N head width, F mlp width, V vocabulary, S cache length.
 """
 
 import dataclasses
@@ -17,29 +17,41 @@ import numpy as np
 
 from elpo_jax.policy.credit import Credit
 from elpo_jax.policy.recipes import Recipe
-from elpo_jax.trees.trajectory import Author, Trajectory
+from elpo_jax.trees.trajectory import Author, Segment, Trajectory
 from elpo_jax.trees.tree import RolloutTree
 
 Array = jax.Array | np.ndarray
 
 
+# Where a token's step lies as seen from the first irrecoverable step of an attempt (axis R of a batch).
+BEFORE, CRITICAL, AFTER = range(3)
+REGIONS = 3
+
+
 @flax.struct.dataclass
 class Batch:
-    """Rows of packed trajectories, aligned to the token itself.
+    """Rows of packed trees, aligned to the token itself.
 
-    `logp[b, t]` is the log-probability of `tokens[b, t]` given what precedes it in its segment; the first token of a
-    segment has no prediction and is never in the loss.
+    A tree is laid out once, in depth-first order, and each of its tokens stands there once, however many attempts share
+    it. So the tokens that descend from a token follow it without a gap, and the one number `ends` says which queries
+    see it: query q sees key k iff k <= q < ends[k]. A lone trajectory is a tree of one branch.
+
+    `logp[b, t]` is the log-probability of `tokens[b, t]` given what precedes it in its branch; the first token of a
+    tree has no prediction and is never in the loss. Credit is a property of the tree's nodes, but two attempts that
+    share a token can disagree on whether it lies before or behind their first irrecoverable step: what is summed over a
+    token's attempts is therefore summed per region.
     """
 
     tokens: Array  # int32 [B, T]
-    positions: Array  # int32 [B, T], restart at 0 for each packed trajectory; -1 = padding
-    segments: Array  # int32 [B, T], number of the packed trajectory within its row, from 1; 0 = padding
+    positions: Array  # int32 [B, T], number of tokens that precede it in its branch; -1 = padding
+    ends: Array  # int32 [B, T], one past the column of its last descendant, or of itself; 0 = padding
+    previous: Array  # int32 [B, T], column of the token that precedes it in its branch; 0 where there is none
     steps: Array  # int32 [B, T], 1-based step of a model token, 0 elsewhere: the loss mask
-    first_failure: Array  # int32 [B, T], first irrecoverable step of the token's trajectory; 0 = none
     behaviour_logp: Array  # float32 [B, T], under the sampling policy at the sampling temperature
     branch: Array  # float32 [B, T], branch advantage of the token's step (paper eq. 7)
     trajectory: Array  # float32 [B, T], trajectory advantage of the token's step (paper eq. 8-9)
-    weight: Array  # float32 [B, T], the normalisation over the global batch; 0 off the mask
+    leaves: Array  # int32 [B, R, T], attempts that share the token, by region; 0 off the mask
+    weight: Array  # float32 [B, R, T], their summed normalisation over the global batch; 0 off the mask
     reference_logp: Array  # float32 [B, T], under the KL reference at the sampling temperature; zeros where kl = 0
 
 
@@ -56,6 +68,8 @@ class Example:
       branch: float32 [T], branch advantage of each model token's step.
       trajectory: float32 [T], trajectory advantage likewise.
       leaves: int32 [T], number of leaves of the tree that share the token (1 for demonstrations).
+      segments: What the tokens are made of. Trajectories that begin with the very same `Segment` objects share their
+        tokens in a packed row; an example without segments shares none.
       weight: float32 [T] once `normalise` has seen the whole batch, None before.
     """
 
@@ -67,12 +81,14 @@ class Example:
     branch: np.ndarray
     trajectory: np.ndarray
     leaves: np.ndarray
+    segments: tuple[Segment, ...] = ()
     weight: np.ndarray | None = None
 
     def __post_init__(self):
         for name in ("tokens", "steps", "behaviour_logp", "branch", "trajectory", "leaves"):
             values = getattr(self, name)
             assert values.shape == (len(self.tokens),), (name, values.shape, len(self.tokens))
+        assert not self.segments or sum(map(len, self.segments)) == len(self.tokens)
         if len(self.tokens) and self.steps[0]:
             raise ValueError(
                 f"{self.task}: the first token is the model's, but nothing predicts it; begin every trajectory with a "
@@ -119,6 +135,7 @@ def policy_examples(tree: RolloutTree, credit: Credit) -> list[Example]:
                 branch=per_token(credit.branch, 0.0, np.float32),
                 trajectory=per_token(credit.trajectory, 0.0, np.float32),
                 leaves=per_token(shared_by, 1, np.int32),
+                segments=trajectory.segments(),
             )
         )
     return examples
@@ -127,7 +144,8 @@ def policy_examples(tree: RolloutTree, credit: Credit) -> list[Example]:
 def demonstration_example(trajectory: Trajectory, task: str = "demonstration") -> Example:
     """The example of a transcript to imitate: no advantages, no behaviour policy, and weight 1 on model tokens.
 
-    Supervised batches are drawn from rows that were packed once, so their loop divides by the tokens of each batch.
+    Supervised batches are drawn from rows that were packed once, so their loop divides by the tokens of each batch. Each
+    transcript stays a chain of its own.
 
     Args:
       trajectory: The transcript.
@@ -208,15 +226,20 @@ def drop_flat(examples: Sequence[Example], kl: float) -> list[Example]:
     return [e for e in examples if kl or np.any(e.branch[e.steps > 0]) or np.any(e.trajectory[e.steps > 0])]
 
 
-def pack(examples: Sequence[Example], length: int) -> Batch:
+def pack(examples: Sequence[Example], length: int, share: bool = True) -> Batch:
     """Packs examples into as few rows as first-fit-decreasing needs; ties keep their order, so it is deterministic.
+
+    Examples that begin with the same segments are laid out as one tree, with the shared tokens once. Loss and gradient
+    are those of the examples one by one. A tree that is longer than a row is cut into several, each of as many
+    neighbouring branches as fit, so whatever fits without sharing fits with it.
 
     Args:
       examples: Weighted examples.
       length: T, tokens of a row.
+      share: False lays out every example by itself, to compare with.
 
     Returns:
-      A batch of numpy arrays [rows, T].
+      A batch of numpy arrays [rows, ...].
 
     Raises:
       ValueError: If an example is longer than a row, or has no weights.
@@ -229,19 +252,87 @@ def pack(examples: Sequence[Example], length: int) -> Batch:
             )
         if example.weight is None:
             raise ValueError(f"{example.task}: the example has no weights; call normalise on the whole batch first")
-    packed = first_fit_decreasing([len(example.tokens) for example in examples], length)
+    trees = [lay_out(group) for group in (trees_of(examples, length) if share else [[e] for e in examples])]
+    packed = first_fit_decreasing([tree.tokens.shape[1] for tree in trees], length)
     batch = empty(len(packed), length)
     for row, members in enumerate(packed):
         start = 0
-        for segment, member in enumerate(members, 1):
-            example = examples[member]
-            here = (row, slice(start, start + len(example.tokens)))
-            for name in ("tokens", "steps", "first_failure", "behaviour_logp", "branch", "trajectory", "weight"):
-                getattr(batch, name)[here] = getattr(example, name)
-            batch.positions[here] = np.arange(len(example.tokens))
-            batch.segments[here] = segment
-            start += len(example.tokens)
+        for member in members:
+            tree = trees[member]
+            end = start + tree.tokens.shape[1]
+            tree = tree.replace(ends=tree.ends + start, previous=tree.previous + start)
+            jax.tree.map(lambda to, values, at=(row, ..., slice(start, end)): to.__setitem__(at, values[0]), batch, tree)
+            start = end
     return batch
+
+
+def trees_of(examples: Sequence[Example], length: int) -> list[list[Example]]:
+    """Groups examples that share their first segments, each group in depth-first order and of at most T tokens.
+
+    Args:
+      examples: None longer than a row.
+      length: T.
+    """
+    # Every prefix of segments is numbered when it is first seen; sorted by these numbers, branches follow their trunk.
+    numbers: dict[tuple[int, ...], int] = {}
+
+    def path(example: Example) -> list[int]:
+        keys = _keys(example)
+        return [numbers.setdefault(keys[: depth + 1], len(numbers)) for depth in range(len(keys))]
+
+    groups: list[list[Example]] = []
+    room = 0
+    for example in sorted(examples, key=path):
+        common = _common(groups[-1][-1], example) if groups else 0
+        new = len(example.tokens) - sum(map(len, example.segments[:common]))
+        if not common or new > room:
+            groups.append([])
+            new, room = len(example.tokens), length
+        groups[-1].append(example)
+        room -= new
+    return groups
+
+
+def lay_out(examples: Sequence[Example]) -> Batch:
+    """One tree as a row without padding, numpy [1, ...].
+
+    Args:
+      examples: Weighted, in depth-first order. Each shares at least its first segment with the one before it.
+    """
+    shared = [0, *(_common(a, b) for a, b in itertools.pairwise(examples))]
+    cuts = [sum(map(len, e.segments[:common])) for e, common in zip(examples, shared, strict=True)]
+    batch = empty(1, sum(len(e.tokens) - cut for e, cut in zip(examples, cuts, strict=True)))
+    weight = np.zeros(batch.weight.shape, np.float64)
+    columns = np.zeros(0, np.int32)  # of the current branch
+    cursor = 0
+    for example, cut in zip(examples, cuts, strict=True):
+        batch.ends[0, columns[cut:]] = cursor  # what the former branch does not share with this one ends here
+        new = np.arange(cursor, cursor + len(example.tokens) - cut)
+        columns = np.concatenate([columns[:cut], new])
+        cursor += len(new)
+        for name in ("tokens", "steps", "behaviour_logp", "branch", "trajectory"):
+            getattr(batch, name)[0, new] = getattr(example, name)[cut:]
+        batch.positions[0, new] = np.arange(cut, len(columns))
+        batch.previous[0, columns[1:]] = columns[:-1]
+        region = np.full(len(columns), BEFORE)
+        if example.first_failure:
+            region[example.steps == example.first_failure] = CRITICAL
+            region[example.steps > example.first_failure] = AFTER
+        batch.leaves[0, region, columns] += example.steps > 0
+        weight[0, region, columns] += example.weight
+    batch.ends[0, columns] = cursor
+    return batch.replace(weight=weight.astype(np.float32))
+
+
+def _keys(example: Example) -> tuple[int, ...]:
+    """What tells the segments of an example from others: they are compared by identity, never by their tokens."""
+    return tuple(map(id, example.segments)) or (id(example),)
+
+
+def _common(a: Example, b: Example) -> int:
+    """Number of leading segments that two examples share."""
+    pairs = zip(a.segments, b.segments, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
 
 
 def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -256,13 +347,18 @@ def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]
 
 
 def empty(rows: int, length: int) -> Batch:
-    """A batch of padding only, numpy [rows, length]."""
-    integers = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "segments", "steps", "first_failure")}
-    floats = {
-        name: np.zeros((rows, length), np.float32)
-        for name in ("behaviour_logp", "branch", "trajectory", "weight", "reference_logp")
-    }
-    return Batch(positions=np.full((rows, length), -1, np.int32), **integers, **floats)
+    """A batch of padding only, numpy [rows, ..., length]."""
+
+    def zeros(*names: str, dtype, shape=(rows, length)) -> dict[str, np.ndarray]:
+        return {name: np.zeros(shape, dtype) for name in names}
+
+    return Batch(
+        positions=np.full((rows, length), -1, np.int32),
+        **zeros("tokens", "ends", "previous", "steps", dtype=np.int32),
+        **zeros("behaviour_logp", "branch", "trajectory", "reference_logp", dtype=np.float32),
+        **zeros("leaves", dtype=np.int32, shape=(rows, REGIONS, length)),
+        **zeros("weight", dtype=np.float32, shape=(rows, REGIONS, length)),
+    )
 
 
 def stack(batch: Batch, micro_rows: int) -> Batch:
@@ -272,16 +368,16 @@ def stack(batch: Batch, micro_rows: int) -> Batch:
     compiles its train step for few shapes, and less than a third of the micro-batches are padding.
 
     Args:
-      batch: numpy arrays [rows, T].
+      batch: numpy arrays [rows, ...].
       micro_rows: B, rows of a micro-batch.
 
     Returns:
-      A batch of numpy arrays [M, B, T].
+      A batch of numpy arrays [M, B, ...].
     """
     rows, length = batch.tokens.shape
     needed = max(1, -(-rows // micro_rows))
     count = next(n for k in itertools.count() for n in (2**k, 3 * 2**k // 2) if n >= needed)
     padding = empty(count * micro_rows - rows, length)
     return jax.tree.map(
-        lambda values, pad: np.concatenate([values, pad]).reshape(count, micro_rows, length), batch, padding
+        lambda values, pad: np.concatenate([values, pad]).reshape(count, micro_rows, *values.shape[1:]), batch, padding
     )

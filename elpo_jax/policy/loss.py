@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.logprob import token_logprobs
 from elpo_jax.model.transformer import Params, apply
-from elpo_jax.policy.batch import Batch
+from elpo_jax.policy.batch import CRITICAL, REGIONS, Batch
 
 # Traced float32 numbers: those of `Recipe.scalars` and `temperature`.
 Scalars = Mapping[str, jax.Array | float]
@@ -24,31 +24,32 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) is far outside every clip range and far inside
 
 
 def error_localized(batch: Batch, scalars: Scalars) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """What the first irrecoverable step t_crit of each trajectory does to its tokens.
+    """What the first irrecoverable step t_crit of each attempt does to its tokens.
 
         A       = lambda A_branch + (1 - lambda) A_trajectory                         (eq. 10)
-        eps_low = eps_low + eps_elc  from t_crit to the end of the trajectory          (eq. 11-12)
+        eps_low = eps_low + eps_elc  from t_crit to the end of the attempt             (eq. 11-12)
         w       = weight * critical_weight  on t_crit itself                           (1 in the paper)
 
+    The attempts that share a token can differ in t_crit, so everything has an axis R of the regions before, on and
+    after it; in a region nobody's step lies in, the weight is 0.
+
     Args:
-      batch: `steps`, `first_failure`, `branch`, `trajectory` and `weight` are read.
+      batch: `branch`, `trajectory` and `weight` are read.
       scalars: `lambda_tree`, `eps_low`, `eps_high`, `eps_elc` and `critical_weight` are read.
 
     Returns:
-      advantage, low, high, weight, each float32 [B, T]: the ratio is clipped to [1 - low, 1 + high].
+      advantage, low, high, weight, each float32 [B, R, T]: the ratio is clipped to [1 - low, 1 + high].
     """
-    failed = batch.first_failure > 0
-    after = failed & (batch.steps >= batch.first_failure)
-    critical = failed & (batch.steps == batch.first_failure)
+    region = jnp.arange(REGIONS)[:, None]  # [R, 1]
     advantage = scalars["lambda_tree"] * batch.branch + (1 - scalars["lambda_tree"]) * batch.trajectory
-    low = scalars["eps_low"] + jnp.where(after, scalars["eps_elc"], 0.0)
-    high = jnp.full_like(low, scalars["eps_high"])
-    weight = batch.weight * jnp.where(critical, scalars["critical_weight"], 1.0)
-    return advantage, low, high, weight
+    low = scalars["eps_low"] + jnp.where(region >= CRITICAL, scalars["eps_elc"], 0.0)
+    high = jnp.asarray(scalars["eps_high"])
+    weight = batch.weight * jnp.where(region == CRITICAL, scalars["critical_weight"], 1.0)
+    return *(jnp.broadcast_to(x, weight.shape) for x in (advantage[..., None, :], low, high)), weight
 
 
 def policy_loss(logp: jax.Array, entropy: jax.Array, batch: Batch, scalars: Scalars) -> tuple[jax.Array, Metrics]:
-    """Clipped policy-gradient loss with per-token bounds, as a sum over the model's tokens.
+    """Clipped policy-gradient loss with per-token bounds, as a sum over the model's tokens of all attempts.
 
         r = exp(logp - behaviour_logp)
         J = min(r A, clip(r, 1 - low, 1 + high) A)            (eq. 2, with the bounds of eq. 11-12)
@@ -64,8 +65,9 @@ def policy_loss(logp: jax.Array, entropy: jax.Array, batch: Batch, scalars: Scal
       scalars: All but `temperature` are read.
 
     Returns:
-      The loss, and float32 sums over the model's tokens, to be added up over micro-batches and divided by `tokens`;
-      those whose name ends in `_max` are maxima instead:
+      The loss, and float32 sums over the model's tokens, to be added up over micro-batches and divided by `tokens`. A
+      token that several attempts share counts once for each of them, as it would if each stood in a row of its own.
+      Those whose name ends in `_max` are maxima instead:
         tokens, critical (tokens of first irrecoverable steps), positive and negative (tokens by the sign of A);
         clip_low, clip_high: tokens whose gradient the clip removes; dual_clip: likewise by the dual clip;
         relaxed_only: tokens whose gradient eps_elc alone keeps, A < 0 and 1 - eps_low - eps_elc <= r < 1 - eps_low;
@@ -74,37 +76,41 @@ def policy_loss(logp: jax.Array, entropy: jax.Array, batch: Batch, scalars: Scal
         entropy; kl: the k3 estimate to the reference, 0 where the kl coefficient is 0.
     """
     assert logp.shape == entropy.shape == batch.steps.shape, (logp.shape, entropy.shape, batch.steps.shape)
-    mask = batch.steps > 0
+    tokens = batch.steps > 0
+    mask = tokens[..., None, :]  # [B, 1, T], for what has regions
     # Everything is made safe before the arithmetic: a `where` after it would still multiply 0 by nan in the gradient.
-    batch = jax.tree.map(lambda values: jnp.where(mask, values, 0), batch)
-    logp, entropy = jnp.where(mask, logp, 0.0), jnp.where(mask, entropy, 0.0)
+    batch = jax.tree.map(lambda values: jnp.where(tokens if values.ndim == tokens.ndim else mask, values, 0), batch)
+    logp, entropy, behaviour, reference = (
+        jnp.where(tokens, values, 0.0)[..., None, :]
+        for values in (logp, entropy, batch.behaviour_logp, batch.reference_logp)
+    )
     advantage, low, high, weight = error_localized(batch, scalars)
 
-    ratio = jnp.exp(_clamp(logp - batch.behaviour_logp))
+    ratio = jnp.exp(_clamp(logp - behaviour))
     objective = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
     capped = (advantage < 0) & (scalars["dual_clip"] > 0) & (ratio > scalars["dual_clip"])
     objective = jnp.where(capped, scalars["dual_clip"] * advantage, objective)
-    log_reference = _clamp(batch.reference_logp - logp)
+    log_reference = _clamp(reference - logp)
     kl = jnp.where(mask & (scalars["kl"] > 0), jnp.exp(log_reference) - log_reference - 1, 0.0)
     loss = -jnp.sum(weight * objective) + scalars["kl"] * jnp.sum(batch.weight * kl)
 
-    mismatch = jnp.abs(logp - batch.behaviour_logp)
+    mismatch = jnp.abs(logp - behaviour)
     pushed_down = advantage < 0
     sums = {
         "tokens": mask,
-        "critical": mask & (batch.first_failure > 0) & (batch.steps == batch.first_failure),
+        "critical": mask & (jnp.arange(REGIONS) == CRITICAL)[:, None],
         "positive": advantage > 0,
         "negative": pushed_down,
         "clip_low": pushed_down & (ratio < 1 - low),
         "clip_high": (advantage > 0) & (ratio > 1 + high),
         "dual_clip": capped,
         "relaxed_only": pushed_down & (ratio >= 1 - low) & (ratio < 1 - scalars["eps_low"]),
-        "ratio_mean": jnp.where(mask, ratio, 0.0),
+        "ratio_mean": ratio,
         "mismatch_mean": mismatch,
         "entropy": entropy,
         "kl": kl,
     }
-    metrics = {name: jnp.sum(values, dtype=jnp.float32) for name, values in sums.items()}
+    metrics = {name: jnp.sum(batch.leaves * values, dtype=jnp.float32) for name, values in sums.items()}
     metrics["ratio_deviation_max"] = jnp.max(jnp.where(mask, jnp.abs(ratio - 1), 0.0))
     metrics["mismatch_max"] = jnp.max(mismatch)
     return loss, jax.lax.stop_gradient(metrics)
@@ -119,8 +125,8 @@ def logprobs(
     config: ModelConfig, params: Params, batch: Batch, temperature: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability at `temperature` and entropy at temperature 1 of every token of a batch, float32 [B, T] each."""
-    hidden, _ = apply(config, params, batch.tokens, batch.positions, segments=batch.segments)
-    return token_logprobs(config, params, hidden, batch.tokens, temperature)
+    hidden, _ = apply(config, params, batch.tokens, batch.positions, ends=batch.ends)
+    return token_logprobs(config, params, hidden, batch.tokens, temperature, batch.previous)
 
 
 def make_logprobs(config: ModelConfig, temperature: float) -> Callable[[Params, Batch], jax.Array]:
