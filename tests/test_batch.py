@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
-from factories import make_trajectory, make_tree
+from factories import make_trajectory, make_tree, random_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_loss import random_examples
@@ -193,6 +194,81 @@ def test_every_token_of_the_paper_figure_has_the_credit_of_its_node():
     assert checked > 29  # shared nodes are seen once per leaf
     wrong = {leaf: int(node.split(":")[0][1:]) for node, leaves in FIGURE["first_wrong"].items() for leaf in leaves}
     assert [example.first_failure for example in examples] == [wrong.get(leaf, 0) for leaf in range(16)]
+
+
+def test_a_tree_by_hand():
+    """Two roots and a continuation of the first, beside a demonstration."""
+    tree = make_tree([(None, 0, 1, False), (None, 0, 0, True), (0, 1, 1, False)])
+    assert [len(leaf.trajectory.ids()) for leaf in tree.leaves] == [10, 5, 10]  # 3 + 2 + 3 + 2, 3 + 2, (8) + 2
+    examples = normalise(policy_examples(tree, assign(tree, elpo())), elpo(normalisation="constant"), constant=1 / 3)
+    batch = pack([*examples, demonstration_example(make_trajectory(0))], 24)
+    assert batch.tokens.shape == (1, 24)
+    row = jax.tree.map(lambda values: values[0], batch)
+    one, two, three = (leaf.trajectory.ids() for leaf in tree.leaves)
+    # prompt 3 | shared step 2 + 3 | end of leaf 0: 2 | end of leaf 2: 2 | leaf 1: 2 | demonstration 5 | padding 5
+    np.testing.assert_array_equal(row.tokens[:14], [*one, *three[8:], *two[3:]])
+    np.testing.assert_array_equal(row.ends, [14] * 3 + [12] * 5 + [10] * 2 + [12] * 2 + [14] * 2 + [19] * 5 + [0] * 5)
+    np.testing.assert_array_equal(row.positions[:14], [*range(10), 8, 9, 3, 4])
+    np.testing.assert_array_equal(row.previous[:14], [0, *range(9), 7, 10, 2, 12])
+    # Both failed attempts went wrong at the step that they share.
+    before, critical, after = row.leaves
+    np.testing.assert_array_equal(before, [0] * 12 + [1] * 2 + [0] * 3 + [1] * 2 + [0] * 5)
+    np.testing.assert_array_equal(critical[:14], [0, 0, 0, 2, 2, *[0] * 9])
+    np.testing.assert_array_equal(after[:14], [0] * 8 + [1] * 4 + [0] * 2)
+    np.testing.assert_allclose(row.weight, row.leaves, rtol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 40), st.sampled_from(["first_wrong", "searched", "verified"]))
+def test_every_branch_is_found_in_the_packed_trees(seed, spare, critical):
+    """Whatever the row length: the ancestors of a leaf's last token are its tokens, with its credit; none is lost."""
+    rng = np.random.default_rng(seed)
+    recipe = elpo(critical=critical)
+    trees = [random_tree(rng) for _ in range(3)]
+    examples = [example for tree in trees for example in policy_examples(tree, assign(tree, recipe))]
+    examples = normalise([examples[i] for i in rng.permutation(len(examples))], recipe, 1.0)
+    length = max(len(example.tokens) for example in examples) + spare
+    batch = pack(examples, length)
+    assert batch.tokens.shape[0] <= pack(examples, length, share=False).tokens.shape[0]
+    branches = {}
+    for row, column in np.argwhere(batch.positions >= 0):
+        where = [k for k in range(column + 1) if column < batch.ends[row, k]]
+        assert len(where) == batch.positions[row, column] + 1
+        np.testing.assert_array_equal(batch.positions[row, where], np.arange(len(where)))
+        np.testing.assert_array_equal(batch.previous[row, where[1:]], where[:-1])
+        branches.setdefault(tuple(batch.tokens[row, where]), []).append((row, where))
+    totals = {name: np.zeros(batch.weight.shape) for name in ("weight", "leaves")}
+    for example in examples:
+        row, where = next(
+            place
+            for place in branches[tuple(example.tokens)]
+            if all(np.array_equal(getattr(batch, name)[place], getattr(example, name)) for name in FIELDS)
+            and batch.leaves[place[0]][:, place[1]].sum() > 0
+        )
+        step, first = example.steps, example.first_failure
+        region = np.where(step < first, 0, np.where(step == first, 1, 2)) if first else 0 * step
+        for t, column in enumerate(where):
+            assert batch.leaves[row, region[t], column] >= (step[t] > 0)
+    for name, values in {"weight": lambda e: e.weight, "leaves": lambda e: e.steps > 0}.items():
+        for region in range(3):
+            wanted = 0.0
+            for e in examples:
+                place = np.sign(e.steps - e.first_failure) + 1 if e.first_failure else 0 * e.steps
+                wanted += float(values(e)[(place == region) & (e.steps > 0)].sum())
+            assert getattr(batch, name)[:, region].sum() == pytest.approx(wanted, rel=1e-5), (name, totals)
+
+
+def test_a_tree_that_is_longer_than_a_row_is_cut_into_branches():
+    tree = figure_tree()
+    examples = normalise(policy_examples(tree, assign(tree, elpo())), elpo(), 1.0)
+    longest = max(len(example.tokens) for example in examples)
+    alone = sum(len(example.tokens) for example in examples)
+    used = [int((pack(examples, length).positions >= 0).sum()) for length in (longest, 2 * longest, 1000)]
+    nodes = tree.nodes()
+    turns = [tree.leaves[node.leaves[0]].trajectory.steps[node.step - 1] for node in nodes]
+    assert used[2] == 3 + sum(len(step.turn) + len(step.response or ()) for step in turns)
+    assert alone > used[0] >= used[1] >= used[2]
+    assert (pack(examples, 1000, share=False).positions >= 0).sum() == alone
 
 
 def test_number_of_token_terms_on_the_paper_figure():

@@ -55,7 +55,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) -> jax.Arr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array, block: int) -> jax.Array:
-    """softmax(q k) v [B, K, M, N] of q [B, K, M, N], k [B, K, N, T] and v [B, K, T, N]; T is a multiple of the block."""
+    """softmax(q k) v, [B, K, M, N], of q [B, K, M, N], k [B, K, N, T] and v [B, K, T, N]; the block divides T."""
     return _forward(q, k, v, ends, block)[0]
 
 

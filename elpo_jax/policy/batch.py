@@ -144,8 +144,8 @@ def policy_examples(tree: RolloutTree, credit: Credit) -> list[Example]:
 def demonstration_example(trajectory: Trajectory, task: str = "demonstration") -> Example:
     """The example of a transcript to imitate: no advantages, no behaviour policy, and weight 1 on model tokens.
 
-    Supervised batches are drawn from rows that were packed once, so their loop divides by the tokens of each batch. Each
-    transcript stays a chain of its own.
+    Supervised batches are drawn from rows that were packed once, so their loop divides by the tokens of each batch.
+    Each transcript stays a chain of its own.
 
     Args:
       trajectory: The transcript.
@@ -261,7 +261,9 @@ def pack(examples: Sequence[Example], length: int, share: bool = True) -> Batch:
             tree = trees[member]
             end = start + tree.tokens.shape[1]
             tree = tree.replace(ends=tree.ends + start, previous=tree.previous + start)
-            jax.tree.map(lambda to, values, at=(row, ..., slice(start, end)): to.__setitem__(at, values[0]), batch, tree)
+            jax.tree.map(
+                lambda to, values, at=(row, ..., slice(start, end)): to.__setitem__(at, values[0]), batch, tree
+            )
             start = end
     return batch
 
