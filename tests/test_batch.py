@@ -27,7 +27,7 @@ from elpo_jax.policy.recipes import elpo
 from elpo_jax.tools.base import Status
 from elpo_jax.trees.trajectory import Author, Segment
 
-FIELDS = ("tokens", "steps", "behaviour_logp", "branch", "trajectory")
+FIELDS = ("tokens", "steps", "behaviour_logp", "branch", "trajectory", "weight")
 
 
 def example_of(steps, leaves=None, **fields) -> Example:
@@ -39,6 +39,12 @@ def example_of(steps, leaves=None, **fields) -> Example:
         | {"branch": zeros, "trajectory": zeros, "leaves": leaves}
         | fields
     )
+
+
+def reached(example: Example) -> np.ndarray:
+    """int32 [T]: the example's first irrecoverable step, at its tokens and all behind it."""
+    first = example.first_failure
+    return np.where((first > 0) & (example.steps >= first), first, 0)
 
 
 @settings(max_examples=50, deadline=None)
@@ -60,15 +66,13 @@ def test_packing_loses_and_mixes_nothing(seed, count, length):
         row, where = found.pop(int(example.tokens[0]))
         for name in FIELDS:
             np.testing.assert_array_equal(getattr(batch, name)[row, where], getattr(example, name))
-        place = np.sign(example.steps - example.first_failure) + 1 if example.first_failure else 0 * example.steps
-        region = (place == np.arange(3)[:, None]) & (example.steps > 0)
-        np.testing.assert_array_equal(batch.leaves[row][:, where], region)
-        np.testing.assert_array_equal(batch.weight[row][:, where], region * example.weight)
+        np.testing.assert_array_equal(batch.leaves[row, where], example.steps > 0)
+        np.testing.assert_array_equal(batch.first_failure[row, where], reached(example))
     assert not found
     padding = batch.ends == 0
-    for name, blank in {"tokens": 0, "positions": -1, "previous": 0, "steps": 0}.items():
+    blanks = {"tokens": 0, "positions": -1, "previous": 0, "steps": 0, "first_failure": 0, "leaves": 0, "weight": 0}
+    for name, blank in blanks.items():
         assert np.all(getattr(batch, name)[padding] == blank)
-    assert not batch.weight.swapaxes(1, 2)[padding].any() and not batch.leaves.swapaxes(1, 2)[padding].any()
     again = pack(examples, length)
     assert all(np.array_equal(getattr(batch, f.name), getattr(again, f.name)) for f in dataclasses.fields(batch))
 
@@ -159,8 +163,7 @@ def test_stacking_pads_with_rows_that_count_nothing():
         assert count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) and count * micro_rows >= len(rows.tokens)
         assert count == 1 or 3 * (count - -(-len(rows.tokens) // micro_rows)) < count
         for field in dataclasses.fields(batch):
-            flat = getattr(batch, field.name)
-            flat = flat.reshape(-1, *flat.shape[2:])
+            flat = getattr(batch, field.name).reshape(-1, 25)
             np.testing.assert_array_equal(flat[: len(rows.tokens)], getattr(rows, field.name))
             np.testing.assert_array_equal(
                 flat[len(rows.tokens) :], getattr(empty(len(flat) - len(rows.tokens), 25), field.name)
@@ -211,10 +214,9 @@ def test_a_tree_by_hand():
     np.testing.assert_array_equal(row.positions[:14], [*range(10), 8, 9, 3, 4])
     np.testing.assert_array_equal(row.previous[:14], [0, *range(9), 7, 10, 2, 12])
     # Both failed attempts went wrong at the step that they share.
-    before, critical, after = row.leaves
-    np.testing.assert_array_equal(before, [0] * 12 + [1] * 2 + [0] * 3 + [1] * 2 + [0] * 5)
-    np.testing.assert_array_equal(critical[:14], [0, 0, 0, 2, 2, *[0] * 9])
-    np.testing.assert_array_equal(after[:14], [0] * 8 + [1] * 4 + [0] * 2)
+    np.testing.assert_array_equal(row.steps[:14], [0, 0, 0, 1, 1, 0, 0, 0, 2, 2, 2, 2, 1, 1])
+    np.testing.assert_array_equal(row.first_failure[:14], [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(row.leaves, [0, 0, 0, 2, 2, 0, 0, 0, *[1] * 6, 0, 0, 0, 1, 1, *[0] * 5])
     np.testing.assert_allclose(row.weight, row.leaves, rtol=1e-6)
 
 
@@ -237,25 +239,30 @@ def test_every_branch_is_found_in_the_packed_trees(seed, spare, critical):
         np.testing.assert_array_equal(batch.positions[row, where], np.arange(len(where)))
         np.testing.assert_array_equal(batch.previous[row, where[1:]], where[:-1])
         branches.setdefault(tuple(batch.tokens[row, where]), []).append((row, where))
-    totals = {name: np.zeros(batch.weight.shape) for name in ("weight", "leaves")}
     for example in examples:
-        row, where = next(
+        credit = {name: getattr(example, name) for name in FIELDS if name != "weight"}
+        credit["first_failure"] = reached(example)
+        place = next(
             place
             for place in branches[tuple(example.tokens)]
-            if all(np.array_equal(getattr(batch, name)[place], getattr(example, name)) for name in FIELDS)
-            and batch.leaves[place[0]][:, place[1]].sum() > 0
+            if all(np.array_equal(getattr(batch, name)[place], values) for name, values in credit.items())
         )
-        step, first = example.steps, example.first_failure
-        region = np.where(step < first, 0, np.where(step == first, 1, 2)) if first else 0 * step
-        for t, column in enumerate(where):
-            assert batch.leaves[row, region[t], column] >= (step[t] > 0)
-    for name, values in {"weight": lambda e: e.weight, "leaves": lambda e: e.steps > 0}.items():
-        for region in range(3):
-            wanted = 0.0
-            for e in examples:
-                place = np.sign(e.steps - e.first_failure) + 1 if e.first_failure else 0 * e.steps
-                wanted += float(values(e)[(place == region) & (e.steps > 0)].sum())
-            assert getattr(batch, name)[:, region].sum() == pytest.approx(wanted, rel=1e-5), (name, totals)
+        assert np.all(batch.weight[place] >= 0.999 * example.weight)
+        assert np.all(batch.leaves[place] >= (example.steps > 0))
+    assert batch.leaves.sum() == sum(int((example.steps > 0).sum()) for example in examples)
+    assert batch.weight.sum() == pytest.approx(1.0, rel=1e-5)
+    assert not np.any(batch.leaves[batch.steps == 0]) and np.all(batch.leaves[batch.steps > 0] > 0)
+
+
+def test_attempts_that_disagree_on_a_shared_token_are_not_merged_silently():
+    tree = make_tree([(None, 0, 1, False), (0, 1, 1, True)])
+    one, other = normalise(policy_examples(tree, assign(tree, elpo())), elpo(), 1.0)
+    pack([one, other], 24)
+    for change in ({"first_failure": 1}, {"branch": other.branch + 1}, {"behaviour_logp": 2 * other.behaviour_logp}):
+        ((name, _),) = change.items()
+        with pytest.raises(ValueError, match=f"share a step disagree on its {name}.*rl.share_prefixes=False"):
+            pack([one, dataclasses.replace(other, **change)], 24)
+        assert pack([one, dataclasses.replace(other, **change)], 24, share=False).leaves.max() == 1
 
 
 def test_a_tree_that_is_longer_than_a_row_is_cut_into_branches():

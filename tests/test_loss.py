@@ -48,7 +48,7 @@ def scalars_of(recipe: Recipe, temperature: float = 1.0) -> dict[str, np.float32
 
 
 def batch_of(examples: list[Example], recipe: Recipe) -> Batch:
-    return stack(pack(normalise(examples, recipe, CONSTANT), LENGTH), 8)
+    return stack(pack(normalise(examples, recipe, CONSTANT), LENGTH, share=False), 8)
 
 
 @jax.jit
@@ -148,19 +148,18 @@ def row(steps, first_failure, ratios, advantage) -> tuple[np.ndarray, Batch]:
     steps, ratios = np.array([steps], np.int32), np.array([ratios], np.float32)
     behaviour = np.full(steps.shape, -1.0, np.float32)
     signal = np.full(steps.shape, advantage, np.float32)
-    place = np.sign(steps - first_failure) + 1 if first_failure else np.zeros_like(steps)  # before, on or after it
-    region = (place[:, None] == np.arange(3)[:, None]) & (steps > 0)[:, None]
     batch = Batch(
         tokens=np.zeros_like(steps),
         positions=np.arange(steps.size, dtype=np.int32)[None],
         ends=np.full_like(steps, steps.size),
         previous=np.maximum(np.arange(steps.size, dtype=np.int32) - 1, 0)[None],
         steps=steps,
+        first_failure=np.full_like(steps, first_failure),
         behaviour_logp=behaviour,
         branch=signal,
         trajectory=signal,
-        leaves=region.astype(np.int32),
-        weight=region.astype(np.float32),
+        leaves=np.ones_like(steps),
+        weight=np.ones_like(behaviour),
         reference_logp=np.zeros_like(behaviour),
     )
     return (behaviour + np.log(ratios)).astype(np.float32), batch
@@ -169,15 +168,14 @@ def row(steps, first_failure, ratios, advantage) -> tuple[np.ndarray, Batch]:
 @pytest.mark.parametrize(("sign", "critical"), CLIP_TABLE)
 def test_clip_gradient_table(sign, critical):
     scalars = scalars_of(elpo())
-    slope = jax.grad(lambda logp, batch: policy_loss(logp, logp, batch, scalars)[0])
+    each = jax.vmap(jax.value_and_grad(lambda logp, batch: policy_loss(logp, logp, batch, scalars)[0]))
     values, slopes = zip(*CLIP_TABLE[sign, critical], strict=True)
     # The critical step itself, and one behind it: both have the relaxed bound. A step before it does not.
     for step, first_failure in [(2, 2), (3, 2)] if critical else [(1, 2), (2, 0)]:
         logp, batch = row([step] * 6, first_failure, RATIOS, sign)
-        columns = [jax.tree.map(lambda x, t=t: x[..., t : t + 1], batch) for t in range(6)]
-        losses = [policy_loss(logp[:, t : t + 1], logp[:, t : t + 1], columns[t], scalars)[0] for t in range(6)]
-        np.testing.assert_allclose([-float(loss) for loss in losses], values, rtol=1e-6)
-        np.testing.assert_allclose(-slope(logp, batch)[0], slopes, rtol=1e-6, atol=0)
+        loss, gradient = each(logp[0], jax.tree.map(lambda x: x[0], batch))
+        np.testing.assert_allclose(-loss, values, rtol=1e-6)
+        np.testing.assert_allclose(-gradient, slopes, rtol=1e-6, atol=0)
 
 
 def test_metrics_of_the_clip_table():
@@ -205,21 +203,19 @@ def test_metrics_of_the_clip_table():
 
 
 def test_error_localized_by_hand():
-    """Six tokens; an attempt of weight 1 fails at step 2, one of weight 0.5 shares all but the last and does not."""
-    _, batch = row([0, 1, 1, 0, 2, 3], 2, [1.0] * 6, 0.0)
-    weight = batch.weight + np.array([0, 0.5, 0.5, 0, 0.5, 0])[None, None] * np.array([1, 0, 0])[None, :, None]
+    steps, failure = [0, 1, 1, 0, 2, 3], [2, 2, 2, 2, 2, 2]
+    _, batch = row(steps, 2, [1.0] * 6, 0.0)
     batch = batch.replace(
         branch=np.full((1, 6), 4.0, np.float32),
         trajectory=np.full((1, 6), -2.0, np.float32),
-        weight=weight.astype(np.float32),
+        first_failure=np.array([failure], np.int32),
     )
     scalars = scalars_of(elpo(lambda_tree=0.25, critical_weight=3.0))
     advantage, low, high, weight = error_localized(batch, scalars)
-    np.testing.assert_allclose(advantage, np.full((1, 3, 6), -0.5), rtol=1e-6)  # 0.25 * 4 - 0.75 * 2
-    np.testing.assert_allclose(low, [[[0.2] * 6, [0.315] * 6, [0.315] * 6]], rtol=1e-6)
-    np.testing.assert_allclose(high, np.full((1, 3, 6), 0.315), rtol=1e-6)
-    before, critical, after = [0, 1.5, 1.5, 0, 0.5, 0], [0, 0, 0, 0, 3, 0], [0, 0, 0, 0, 0, 1]
-    np.testing.assert_allclose(weight, [[before, critical, after]], rtol=1e-6)
+    np.testing.assert_allclose(advantage, [[-0.5] * 6], rtol=1e-6)  # 0.25 * 4 - 0.75 * 2
+    np.testing.assert_allclose(low, [[0.2, 0.2, 0.2, 0.2, 0.315, 0.315]], rtol=1e-6)
+    np.testing.assert_allclose(high, [[0.315] * 6], rtol=1e-6)
+    np.testing.assert_allclose(weight, [[1, 1, 1, 1, 3, 1]], rtol=1e-6)
 
 
 def test_without_elc_a_first_failure_changes_no_bit():
@@ -230,7 +226,7 @@ def test_without_elc_a_first_failure_changes_no_bit():
     theta = np.concatenate([e.behaviour_logp for e in examples]).astype(np.float32)
     theta += rng.normal(size=len(theta)).astype(np.float32)
     batch = batch_of(examples, recipe)
-    blind = batch_of([dataclasses.replace(example, first_failure=0) for example in examples], recipe)
+    blind = batch.replace(first_failure=np.zeros_like(batch.first_failure))
     without = [from_theta(theta, theta, theta, b, scalars_of(recipe)) for b in (batch, blind)]
     relaxed = [from_theta(theta, theta, theta, b, scalars_of(elpo())) for b in (batch, blind)]
     assert without[0][0] == without[1][0]
@@ -251,11 +247,9 @@ def test_environment_and_padding_tokens_are_out_of_the_loss_whatever_they_hold()
     for garbage in (np.inf, -np.inf, np.nan, 1e30):
 
         def spoil(x, garbage=garbage):
-            where = masked if x.ndim == 2 else masked[:, None]
-            return np.where(where, np.float32(garbage), x) if x.dtype == np.float32 else x
+            return np.where(masked, np.float32(garbage), x) if x.dtype == np.float32 else x
 
-        spoiled = jax.tree.map(spoil, batch)
-        spoiled = spoiled.replace(leaves=np.where(masked[:, None], 7, batch.leaves))
+        spoiled = jax.tree.map(spoil, batch).replace(first_failure=np.where(masked, 1, batch.first_failure))
         (other, others), slope = step(spoil(logp), spoil(logp), spoiled, scalars)
         assert loss == other and metrics == others
         np.testing.assert_array_equal(gradient, slope)
@@ -392,7 +386,7 @@ TREE_RECIPES = {
 
 
 def tree_examples(seed: int, recipe: Recipe) -> list[Example]:
-    """Weighted leaves of three random trees, some of whose tokens have other regions in other leaves."""
+    """Weighted leaves of three random trees."""
     rng = np.random.default_rng(seed)
     trees = [random_tree(rng) for _ in range(3)]
     examples = [example for tree in trees for example in policy_examples(tree, assign(tree, recipe))]
@@ -426,15 +420,6 @@ def test_tree_packed_equals_unpacked(name, seed):
         for metric, value in metrics.items():
             fold = np.max if metric.endswith("_max") else np.sum
             np.testing.assert_allclose(fold(others[metric]), fold(value), rtol=2e-5, atol=1e-5, err_msg=metric)
-
-
-def test_leaves_that_share_a_token_can_differ_in_its_region():
-    """What the trees above are for: else one region per token would do."""
-    for critical in ("searched", "verified"):
-        batches = [pack(tree_examples(seed, elpo(critical=critical)), LENGTH) for seed in range(3)]
-        assert any(((batch.leaves > 0).sum(axis=1) > 1).any() for batch in batches)
-    batch = pack(tree_examples(0, elpo()), LENGTH)  # by the nodes alone, all leaves agree
-    assert ((batch.leaves > 0).sum(axis=1) <= 1).all() and (batch.leaves[:, 1:] > 0).any()
 
 
 @pytest.mark.parametrize("name", TREE_RECIPES)

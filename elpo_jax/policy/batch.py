@@ -3,8 +3,8 @@
 Packing and weighting happen on the host in numpy; only arrays cross to the device, and every sum that the loss needs is
 already inside `Batch.weight`, so micro-batches and shards only ever add.
 
-Letters in shapes, here and in every other module: B rows, T tokens of a row, R regions around the first irrecoverable
-step, L layers, H heads, K kv-heads, D model width, N head width, F mlp width, V vocabulary, S cache length.
+Letters in shapes, here and in every other module: B rows, T tokens of a row, L layers, H heads, K kv-heads, D model
+width, N head width, F mlp width, V vocabulary, S cache length.
 """
 
 import dataclasses
@@ -23,11 +23,6 @@ from elpo_jax.trees.tree import RolloutTree
 Array = jax.Array | np.ndarray
 
 
-# Where a token's step lies as seen from the first irrecoverable step of an attempt (axis R of a batch).
-BEFORE, CRITICAL, AFTER = range(3)
-REGIONS = 3
-
-
 @flax.struct.dataclass
 class Batch:
     """Rows of packed trees, aligned to the token itself.
@@ -37,9 +32,9 @@ class Batch:
     see it: query q sees key k iff k <= q < ends[k]. A lone trajectory is a tree of one branch.
 
     `logp[b, t]` is the log-probability of `tokens[b, t]` given what precedes it in its branch; the first token of a
-    tree has no prediction and is never in the loss. Credit is a property of the tree's nodes, but two attempts that
-    share a token can disagree on whether it lies before or behind their first irrecoverable step: what is summed over a
-    token's attempts is therefore summed per region.
+    tree has no prediction and is never in the loss. Credit is a property of the tree's nodes, the irrecoverable steps
+    too: attempts that share a token agree on whether it lies before, on or behind one. So a token's loss is one term,
+    times the summed weight of its attempts.
     """
 
     tokens: Array  # int32 [B, T]
@@ -47,11 +42,12 @@ class Batch:
     ends: Array  # int32 [B, T], one past the column of its last descendant, or of itself; 0 = padding
     previous: Array  # int32 [B, T], column of the token that precedes it in its branch; 0 where there is none
     steps: Array  # int32 [B, T], 1-based step of a model token, 0 elsewhere: the loss mask
+    first_failure: Array  # int32 [B, T], first irrecoverable step, on that step and behind it; 0 = none so far
     behaviour_logp: Array  # float32 [B, T], under the sampling policy at the sampling temperature
     branch: Array  # float32 [B, T], branch advantage of the token's step (paper eq. 7)
     trajectory: Array  # float32 [B, T], trajectory advantage of the token's step (paper eq. 8-9)
-    leaves: Array  # int32 [B, R, T], attempts that share the token, by region; 0 off the mask
-    weight: Array  # float32 [B, R, T], their summed normalisation over the global batch; 0 off the mask
+    leaves: Array  # int32 [B, T], attempts whose model token it is; 0 off the mask
+    weight: Array  # float32 [B, T], their summed normalisation over the global batch; 0 off the mask
     reference_logp: Array  # float32 [B, T], under the KL reference at the sampling temperature; zeros where kl = 0
 
 
@@ -179,9 +175,7 @@ def normalise(examples: Sequence[Example], recipe: Recipe, constant: float) -> l
     A prefix shared by d leaves of a tree stands in d examples. `recipe.prefix_weight` "per_leaf" counts it d times, as
     eq. 1 does. "once" puts m = 1/d wherever tokens are counted, in the sums above too: under "token" and "constant" the
     copies of a token weigh together exactly what a token of a single leaf weighs; under "sequence", the mean of what
-    such a token weighs in those d leaves, and every trajectory keeps its 1/N. The copies have the same loss where the
-    first failure is a property of the node (`critical="first_wrong"`); where only searched attempts have one, some
-    copies can lie behind it and others not, and the token's loss is the mean of both.
+    such a token weighs in those d leaves, and every trajectory keeps its 1/N. All copies of a token have the same loss.
 
     Args:
       examples: All examples of the optimizer step, whole trees; also those that `drop_flat` removes afterwards.
@@ -239,7 +233,7 @@ def pack(examples: Sequence[Example], length: int, share: bool = True) -> Batch:
       share: False lays out every example by itself, to compare with.
 
     Returns:
-      A batch of numpy arrays [rows, ...].
+      A batch of numpy arrays [rows, T].
 
     Raises:
       ValueError: If an example is longer than a row, or has no weights.
@@ -296,34 +290,44 @@ def trees_of(examples: Sequence[Example], length: int) -> list[list[Example]]:
 
 
 def lay_out(examples: Sequence[Example]) -> Batch:
-    """One tree as a row without padding, numpy [1, ...].
+    """One tree as a row without padding, numpy [1, tokens].
 
     Args:
       examples: Weighted, in depth-first order. Each shares at least its first segment with the one before it.
+
+    Raises:
+      ValueError: If two of them disagree on a token that they share.
     """
     shared = [0, *(_common(a, b) for a, b in itertools.pairwise(examples))]
     cuts = [sum(map(len, e.segments[:common])) for e, common in zip(examples, shared, strict=True)]
     batch = empty(1, sum(len(e.tokens) - cut for e, cut in zip(examples, cuts, strict=True)))
-    weight = np.zeros(batch.weight.shape, np.float64)
+    row = jax.tree.map(lambda values: values[0], batch)  # views
+    weight = np.zeros(row.weight.shape, np.float64)
     columns = np.zeros(0, np.int32)  # of the current branch
     cursor = 0
     for example, cut in zip(examples, cuts, strict=True):
-        batch.ends[0, columns[cut:]] = cursor  # what the former branch does not share with this one ends here
+        row.ends[columns[cut:]] = cursor  # what the former branch does not share with this one ends here
         new = np.arange(cursor, cursor + len(example.tokens) - cut)
         columns = np.concatenate([columns[:cut], new])
         cursor += len(new)
-        for name in ("tokens", "steps", "behaviour_logp", "branch", "trajectory"):
-            getattr(batch, name)[0, new] = getattr(example, name)[cut:]
-        batch.positions[0, new] = np.arange(cut, len(columns))
-        batch.previous[0, columns[1:]] = columns[:-1]
-        region = np.full(len(columns), BEFORE)
-        if example.first_failure:
-            region[example.steps == example.first_failure] = CRITICAL
-            region[example.steps > example.first_failure] = AFTER
-        batch.leaves[0, region, columns] += example.steps > 0
-        weight[0, region, columns] += example.weight
-    batch.ends[0, columns] = cursor
-    return batch.replace(weight=weight.astype(np.float32))
+        failed = (example.first_failure > 0) & (example.steps >= example.first_failure)
+        credit = {
+            name: getattr(example, name) for name in ("tokens", "steps", "behaviour_logp", "branch", "trajectory")
+        }
+        for name, values in (credit | {"first_failure": failed * example.first_failure}).items():
+            getattr(row, name)[new] = values[cut:]
+            if not np.array_equal(getattr(row, name)[columns[:cut]], values[:cut]):
+                raise ValueError(
+                    f"{example.task}: two attempts that share a step disagree on its {name}, so it cannot be computed "
+                    "once for both: give credit to nodes of the tree, or set rl.share_prefixes=False"
+                )
+        row.positions[new] = np.arange(cut, len(columns))
+        row.previous[columns[1:]] = columns[:-1]
+        row.leaves[columns] += example.steps > 0
+        weight[columns] += example.weight
+    row.ends[columns] = cursor
+    row.weight[:] = weight
+    return batch
 
 
 def _keys(example: Example) -> tuple[int, ...]:
@@ -349,18 +353,14 @@ def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]
 
 
 def empty(rows: int, length: int) -> Batch:
-    """A batch of padding only, numpy [rows, ..., length]."""
-
-    def zeros(*names: str, dtype, shape=(rows, length)) -> dict[str, np.ndarray]:
-        return {name: np.zeros(shape, dtype) for name in names}
-
-    return Batch(
-        positions=np.full((rows, length), -1, np.int32),
-        **zeros("tokens", "ends", "previous", "steps", dtype=np.int32),
-        **zeros("behaviour_logp", "branch", "trajectory", "reference_logp", dtype=np.float32),
-        **zeros("leaves", dtype=np.int32, shape=(rows, REGIONS, length)),
-        **zeros("weight", dtype=np.float32, shape=(rows, REGIONS, length)),
-    )
+    """A batch of padding only, numpy [rows, length]."""
+    names = ("tokens", "ends", "previous", "steps", "first_failure", "leaves")
+    integers = {name: np.zeros((rows, length), np.int32) for name in names}
+    floats = {
+        name: np.zeros((rows, length), np.float32)
+        for name in ("behaviour_logp", "branch", "trajectory", "weight", "reference_logp")
+    }
+    return Batch(positions=np.full((rows, length), -1, np.int32), **integers, **floats)
 
 
 def stack(batch: Batch, micro_rows: int) -> Batch:
@@ -370,16 +370,16 @@ def stack(batch: Batch, micro_rows: int) -> Batch:
     compiles its train step for few shapes, and less than a third of the micro-batches are padding.
 
     Args:
-      batch: numpy arrays [rows, ...].
+      batch: numpy arrays [rows, T].
       micro_rows: B, rows of a micro-batch.
 
     Returns:
-      A batch of numpy arrays [M, B, ...].
+      A batch of numpy arrays [M, B, T].
     """
     rows, length = batch.tokens.shape
     needed = max(1, -(-rows // micro_rows))
     count = next(n for k in itertools.count() for n in (2**k, 3 * 2**k // 2) if n >= needed)
     padding = empty(count * micro_rows - rows, length)
     return jax.tree.map(
-        lambda values, pad: np.concatenate([values, pad]).reshape(count, micro_rows, *values.shape[1:]), batch, padding
+        lambda values, pad: np.concatenate([values, pad]).reshape(count, micro_rows, length), batch, padding
     )

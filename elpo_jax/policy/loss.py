@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.logprob import token_logprobs
 from elpo_jax.model.transformer import Params, apply
-from elpo_jax.policy.batch import CRITICAL, REGIONS, Batch
+from elpo_jax.policy.batch import Batch
 
 # Traced float32 numbers: those of `Recipe.scalars` and `temperature`.
 Scalars = Mapping[str, jax.Array | float]
@@ -30,22 +30,21 @@ def error_localized(batch: Batch, scalars: Scalars) -> tuple[jax.Array, jax.Arra
         eps_low = eps_low + eps_elc  from t_crit to the end of the attempt             (eq. 11-12)
         w       = weight * critical_weight  on t_crit itself                           (1 in the paper)
 
-    The attempts that share a token can differ in t_crit, so everything has an axis R of the regions before, on and
-    after it; in a region nobody's step lies in, the weight is 0.
-
     Args:
-      batch: `branch`, `trajectory` and `weight` are read.
+      batch: `steps`, `first_failure`, `branch`, `trajectory` and `weight` are read.
       scalars: `lambda_tree`, `eps_low`, `eps_high`, `eps_elc` and `critical_weight` are read.
 
     Returns:
-      advantage, low, high, weight, each float32 [B, R, T]: the ratio is clipped to [1 - low, 1 + high].
+      advantage, low, high, weight, each float32 [B, T]: the ratio is clipped to [1 - low, 1 + high].
     """
-    region = jnp.arange(REGIONS)[:, None]  # [R, 1]
+    failed = batch.first_failure > 0
+    after = failed & (batch.steps >= batch.first_failure)
+    critical = failed & (batch.steps == batch.first_failure)
     advantage = scalars["lambda_tree"] * batch.branch + (1 - scalars["lambda_tree"]) * batch.trajectory
-    low = scalars["eps_low"] + jnp.where(region >= CRITICAL, scalars["eps_elc"], 0.0)
-    high = jnp.asarray(scalars["eps_high"])
-    weight = batch.weight * jnp.where(region == CRITICAL, scalars["critical_weight"], 1.0)
-    return *(jnp.broadcast_to(x, weight.shape) for x in (advantage[..., None, :], low, high)), weight
+    low = scalars["eps_low"] + jnp.where(after, scalars["eps_elc"], 0.0)
+    high = jnp.full_like(low, scalars["eps_high"])
+    weight = batch.weight * jnp.where(critical, scalars["critical_weight"], 1.0)
+    return advantage, low, high, weight
 
 
 def policy_loss(logp: jax.Array, entropy: jax.Array, batch: Batch, scalars: Scalars) -> tuple[jax.Array, Metrics]:
@@ -76,29 +75,25 @@ def policy_loss(logp: jax.Array, entropy: jax.Array, batch: Batch, scalars: Scal
         entropy; kl: the k3 estimate to the reference, 0 where the kl coefficient is 0.
     """
     assert logp.shape == entropy.shape == batch.steps.shape, (logp.shape, entropy.shape, batch.steps.shape)
-    tokens = batch.steps > 0
-    mask = tokens[..., None, :]  # [B, 1, T], for what has regions
+    mask = batch.steps > 0
     # Everything is made safe before the arithmetic: a `where` after it would still multiply 0 by nan in the gradient.
-    batch = jax.tree.map(lambda values: jnp.where(tokens if values.ndim == tokens.ndim else mask, values, 0), batch)
-    logp, entropy, behaviour, reference = (
-        jnp.where(tokens, values, 0.0)[..., None, :]
-        for values in (logp, entropy, batch.behaviour_logp, batch.reference_logp)
-    )
+    batch = jax.tree.map(lambda values: jnp.where(mask, values, 0), batch)
+    logp, entropy = jnp.where(mask, logp, 0.0), jnp.where(mask, entropy, 0.0)
     advantage, low, high, weight = error_localized(batch, scalars)
 
-    ratio = jnp.exp(_clamp(logp - behaviour))
+    ratio = jnp.exp(_clamp(logp - batch.behaviour_logp))
     objective = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
     capped = (advantage < 0) & (scalars["dual_clip"] > 0) & (ratio > scalars["dual_clip"])
     objective = jnp.where(capped, scalars["dual_clip"] * advantage, objective)
-    log_reference = _clamp(reference - logp)
+    log_reference = _clamp(batch.reference_logp - logp)
     kl = jnp.where(mask & (scalars["kl"] > 0), jnp.exp(log_reference) - log_reference - 1, 0.0)
     loss = -jnp.sum(weight * objective) + scalars["kl"] * jnp.sum(batch.weight * kl)
 
-    mismatch = jnp.abs(logp - behaviour)
+    mismatch = jnp.abs(logp - batch.behaviour_logp)
     pushed_down = advantage < 0
     sums = {
         "tokens": mask,
-        "critical": mask & (jnp.arange(REGIONS) == CRITICAL)[:, None],
+        "critical": mask & (batch.first_failure > 0) & (batch.steps == batch.first_failure),
         "positive": advantage > 0,
         "negative": pushed_down,
         "clip_low": pushed_down & (ratio < 1 - low),

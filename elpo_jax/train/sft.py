@@ -29,9 +29,8 @@ def make_sft_loss(model: ModelConfig) -> LossFn:
         del scalars
         logp, entropy = logprobs(model, params, batch, 1.0)
         mask = batch.steps > 0
-        weight = batch.weight.sum(axis=1)  # a demonstration has no irrecoverable step, so no regions
-        loss = -jnp.sum(weight * jnp.where(mask, logp, 0.0))
-        return loss, {"entropy": jnp.sum(weight * jnp.where(mask, entropy, 0.0))}
+        loss = -jnp.sum(batch.weight * jnp.where(mask, logp, 0.0))
+        return loss, {"entropy": jnp.sum(batch.weight * jnp.where(mask, entropy, 0.0))}
 
     return loss_fn
 
@@ -61,7 +60,7 @@ def train_sft(
       config: The cold start's numbers.
       state: State after `start` steps.
       step_fn: From `make_train_step`, with the SFT loss.
-      data: Packed demonstrations, numpy [N, ...].
+      data: Packed demonstrations, numpy [N, T].
       start: Steps already done.
       seed: Seeds the permutations.
       meta: Saved with every checkpoint, beside "cursor", the rows seen so far (see `rows_at`).
@@ -75,7 +74,7 @@ def train_sft(
             chosen = rows_at(step, config.rows, available, seed)
             batch = jax.tree.map(lambda x, i=chosen: x[i].reshape(-1, config.micro_rows, *x.shape[1:]), data)
             tokens = int((batch.steps > 0).sum())
-            batch = batch.replace(weight=batch.leaves.astype(np.float32) / max(tokens, 1))
+            batch = batch.replace(weight=(batch.steps > 0).astype(np.float32) / max(tokens, 1))
             state, metrics = step_fn(state, batch, {})
             row = {name: float(value) for name, value in metrics.items()}
             seconds = time.perf_counter() - began
