@@ -252,12 +252,10 @@ def pack(examples: Sequence[Example], length: int, share: bool = True) -> Batch:
     for row, members in enumerate(packed):
         start = 0
         for member in members:
-            tree = trees[member]
+            tree = trees[member].replace(ends=trees[member].ends + start, previous=trees[member].previous + start)
             end = start + tree.tokens.shape[1]
-            tree = tree.replace(ends=tree.ends + start, previous=tree.previous + start)
-            jax.tree.map(
-                lambda to, values, at=(row, ..., slice(start, end)): to.__setitem__(at, values[0]), batch, tree
-            )
+            for field in dataclasses.fields(batch):
+                getattr(batch, field.name)[row, start:end] = getattr(tree, field.name)[0]
             start = end
     return batch
 
