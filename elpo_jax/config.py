@@ -234,6 +234,10 @@ class RlConfig:
       updates: Optimizer steps per pass over a batch; each takes `prompts / updates` trees.
       epochs: Passes over a batch; from the second on the clip bounds bind.
       micro_rows: Packed rows per forward pass.
+      row_tokens: Tokens of a packed row; 0 means `sampler.context`. A tree that is longer than a row is cut, and what
+        its parts share is computed once for each.
+      share_prefixes: Compute a token that several attempts of a tree share once for all of them, which changes neither
+        loss nor gradient; False computes it in every attempt, to compare.
       eval_every: Batches between validations (0: never), each of `eval_tasks` tasks per family, `eval_k` times.
       eval_tasks: See above.
       eval_k: See above.
@@ -248,6 +252,8 @@ class RlConfig:
     updates: int = 4
     epochs: int = 1
     micro_rows: int = 16
+    row_tokens: int = 0
+    share_prefixes: bool = True
     eval_every: int = 0
     eval_tasks: int = 32
     eval_k: int = 2
@@ -308,6 +314,7 @@ _BOUNDS = (
     ("rl.updates", 1, math.inf),
     ("rl.epochs", 1, math.inf),
     ("rl.micro_rows", 1, math.inf),
+    ("rl.row_tokens", 0, math.inf),
     ("rl.eval_every", 0, math.inf),
     ("rl.eval_tasks", 1, math.inf),
     ("rl.eval_k", 1, math.inf),
@@ -402,6 +409,11 @@ class Config:
             value, divisor = operator.attrgetter(key, other)(self)
             if value % divisor:
                 raise ConfigError(f"{key}={value} is not a multiple of {other}={divisor}")
+        if 0 < self.rl.row_tokens < self.sampler.context:
+            raise ConfigError(
+                f"rl.row_tokens={self.rl.row_tokens} is less than sampler.context={self.sampler.context}, which an "
+                "attempt can fill: raise it, or set it to 0 for rows of that length"
+            )
         if self.model.param_dtype != "float32":
             raise ConfigError(
                 f"model.param_dtype={self.model.param_dtype} cannot be trained, for small updates would be rounded "

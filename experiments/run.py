@@ -161,7 +161,7 @@ def cold_start(
         data, failed, long = demonstration_rows(config, environment, stream)
         seconds = time.perf_counter() - began
         print(
-            f"{int(data.segments.max(axis=1).sum())} demonstrations in {data.tokens.shape[0]} rows of "
+            f"{int((data.positions == 0).sum())} demonstrations in {data.tokens.shape[0]} rows of "
             f"{config.sampler.context} tokens (left out: {failed} that failed, {long} too long), {seconds:.0f} s",
             flush=True,
         )

@@ -8,7 +8,7 @@ from elpo_jax.tasks.base import Task
 from elpo_jax.tools.base import Status, ToolCall, ToolResult
 from elpo_jax.trees.grow import Growth, Rollout
 from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory
-from elpo_jax.trees.tree import Leaf, RolloutTree
+from elpo_jax.trees.tree import Leaf, RolloutTree, SearchRecord
 
 PROMPT = Segment(Author.ENVIRONMENT, np.array([1, 2, 3], np.int32))
 
@@ -92,6 +92,46 @@ def make_tree(
         trajectory = make_trajectory(statuses, success, reward, parent=above, anchor=anchor, seed=index)
         leaves.append(Leaf(trajectory, parent, anchor))
     return RolloutTree(make_task(), tuple(leaves), **fields)
+
+
+def random_tree(rng: np.random.Generator, roots: int = 3, levels: int = 3) -> RolloutTree:
+    """Roots, continuations of failed ones from random steps, continuations of those, ...; searches that named a step.
+
+    Some searches name a step that a continuation survived, some are not verified, and lengths and rewards differ.
+    """
+    leaves: list[Leaf] = []
+    searches: list[SearchRecord] = []
+
+    def attempt(parent: int | None, anchor: int) -> None:
+        above = None if parent is None else leaves[parent].trajectory
+        calls = max(anchor, int(rng.integers(0, 4))) + int(parent is not None and rng.integers(0, 2))
+        success = bool(rng.random() < 0.35)
+        reward = 1.0 if success else float(rng.choice([0.0, -0.5, -1.1]))
+        trajectory = make_trajectory(
+            calls,
+            success,
+            reward,
+            parent=above,
+            anchor=anchor,
+            tokens=int(rng.integers(1, 4)),
+            seed=int(rng.integers(10**6)),
+        )
+        leaves.append(Leaf(trajectory, parent, anchor))
+
+    for _ in range(roots):
+        attempt(None, 0)
+    former: list[int] = []
+    for _ in range(levels - 1):
+        own = range(len(leaves))
+        failed = [i for i in own if i not in former and not leaves[i].trajectory.success]
+        former = list(own)
+        for leaf in failed:
+            steps = len(leaves[leaf].trajectory.steps)
+            for _ in range(int(rng.integers(0, 4)) if steps > 1 else 0):
+                attempt(leaf, int(rng.integers(1, steps)))
+            named = int(rng.integers(0, steps + 1))
+            searches.append(SearchRecord(leaf, "binary", named, bool(rng.random() < 0.6)))
+    return RolloutTree(make_task(), tuple(leaves), tuple(searches))
 
 
 def grow(

@@ -49,6 +49,18 @@ def loss_and_gradient(
     return loss, gradients
 
 
+def weighted_loss(example: Example, logp: np.ndarray, reference: np.ndarray, recipe: Recipe) -> float:
+    """The loss of one trajectory whose tokens already have their weights."""
+    loss = 0.0
+    for t in np.flatnonzero(example.steps):
+        value, _ = _surrogate(example, t, float(logp[t]), recipe)
+        factor = recipe.critical_weight if example.first_failure == example.steps[t] else 1.0
+        difference = float(reference[t]) - float(logp[t])
+        penalty = recipe.kl * (math.exp(difference) - difference - 1) if recipe.kl else 0.0
+        loss += float(example.weight[t]) * (penalty - factor * value)
+    return loss
+
+
 def _shares(example: Example, recipe: Recipe) -> list[float]:
     """How much each token counts: nothing, one, or its share among the leaves that have it."""
     once = recipe.prefix_weight == "once"

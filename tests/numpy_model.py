@@ -69,3 +69,30 @@ def logprobs(config: ModelConfig, params, tokens, temperature):
         p = softmax(logits[t - 1])
         entropy[t] = -(p * np.log(p)).sum()
     return logp, entropy
+
+
+def tree_attention(q, k, v, ends, slope):
+    """Attention of one row and one head, query by query, and its gradient.
+
+    Args:
+      q, k, v: float64 [T, N].
+      ends: int [T]; query i sees key j iff j <= i < ends[j].
+      slope: float64 [T, N], gradient by the output.
+
+    Returns:
+      The output, and the gradients by q, k and v, float64 [T, N] each. A query that sees no key gives 0.
+    """
+    out, by_q, by_k, by_v = (np.zeros(q.shape) for _ in range(4))
+    scale = q.shape[1] ** -0.5
+    for i in range(len(q)):
+        seen = [j for j in range(i + 1) if i < ends[j]]
+        if not seen:
+            continue
+        weights = softmax(k[seen] @ q[i] * scale)
+        out[i] = weights @ v[seen]
+        by_weights = v[seen] @ slope[i]
+        by_scores = weights * (by_weights - weights @ by_weights) * scale
+        by_q[i] = by_scores @ k[seen]
+        by_k[seen] += np.outer(by_scores, q[i])
+        by_v[seen] += np.outer(weights, slope[i])
+    return out, by_q, by_k, by_v

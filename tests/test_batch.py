@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
-from factories import make_trajectory, make_tree
+from factories import make_trajectory, make_tree, random_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_loss import random_examples
@@ -40,6 +41,12 @@ def example_of(steps, leaves=None, **fields) -> Example:
     )
 
 
+def reached(example: Example) -> np.ndarray:
+    """int32 [T]: the example's first irrecoverable step, at its tokens and all behind it."""
+    first = example.first_failure
+    return np.where((first > 0) & (example.steps >= first), first, 0)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 30), st.integers(25, 80))
 def test_packing_loses_and_mixes_nothing(seed, count, length):
@@ -49,20 +56,22 @@ def test_packing_loses_and_mixes_nothing(seed, count, length):
     batch = pack(examples, length)
     found = {}
     for row in range(batch.tokens.shape[0]):
-        numbers = batch.segments[row]
-        for segment in range(1, numbers.max() + 1):
-            (where,) = np.nonzero(numbers == segment)
-            assert list(where) == list(range(where[0], where[-1] + 1))  # contiguous
+        for start in np.flatnonzero(batch.positions[row] == 0):
+            where = np.arange(start, batch.ends[row, start])
+            np.testing.assert_array_equal(batch.ends[row, where], where[-1] + 1)
             np.testing.assert_array_equal(batch.positions[row, where], np.arange(len(where)))
-            found[int(batch.tokens[row, where[0]])] = (row, where)
+            np.testing.assert_array_equal(batch.previous[row, where[1:]], where[:-1])
+            found[int(batch.tokens[row, start])] = (row, where)
     for example in examples:
         row, where = found.pop(int(example.tokens[0]))
         for name in FIELDS:
             np.testing.assert_array_equal(getattr(batch, name)[row, where], getattr(example, name))
-        assert set(batch.first_failure[row, where]) == {example.first_failure}
+        np.testing.assert_array_equal(batch.leaves[row, where], example.steps > 0)
+        np.testing.assert_array_equal(batch.first_failure[row, where], reached(example))
     assert not found
-    padding = batch.segments == 0
-    for name, blank in {"tokens": 0, "positions": -1, "steps": 0, "first_failure": 0, "weight": 0}.items():
+    padding = batch.ends == 0
+    blanks = {"tokens": 0, "positions": -1, "previous": 0, "steps": 0, "first_failure": 0, "leaves": 0, "weight": 0}
+    for name, blank in blanks.items():
         assert np.all(getattr(batch, name)[padding] == blank)
     again = pack(examples, length)
     assert all(np.array_equal(getattr(batch, f.name), getattr(again, f.name)) for f in dataclasses.fields(batch))
@@ -188,6 +197,85 @@ def test_every_token_of_the_paper_figure_has_the_credit_of_its_node():
     assert checked > 29  # shared nodes are seen once per leaf
     wrong = {leaf: int(node.split(":")[0][1:]) for node, leaves in FIGURE["first_wrong"].items() for leaf in leaves}
     assert [example.first_failure for example in examples] == [wrong.get(leaf, 0) for leaf in range(16)]
+
+
+def test_a_tree_by_hand():
+    """Two roots and a continuation of the first, beside a demonstration."""
+    tree = make_tree([(None, 0, 1, False), (None, 0, 0, True), (0, 1, 1, False)])
+    assert [len(leaf.trajectory.ids()) for leaf in tree.leaves] == [10, 5, 10]  # 3 + 2 + 3 + 2, 3 + 2, (8) + 2
+    examples = normalise(policy_examples(tree, assign(tree, elpo())), elpo(normalisation="constant"), constant=1 / 3)
+    batch = pack([*examples, demonstration_example(make_trajectory(0))], 24)
+    assert batch.tokens.shape == (1, 24)
+    row = jax.tree.map(lambda values: values[0], batch)
+    one, two, three = (leaf.trajectory.ids() for leaf in tree.leaves)
+    # prompt 3 | shared step 2 + 3 | end of leaf 0: 2 | end of leaf 2: 2 | leaf 1: 2 | demonstration 5 | padding 5
+    np.testing.assert_array_equal(row.tokens[:14], [*one, *three[8:], *two[3:]])
+    np.testing.assert_array_equal(row.ends, [14] * 3 + [12] * 5 + [10] * 2 + [12] * 2 + [14] * 2 + [19] * 5 + [0] * 5)
+    np.testing.assert_array_equal(row.positions[:14], [*range(10), 8, 9, 3, 4])
+    np.testing.assert_array_equal(row.previous[:14], [0, *range(9), 7, 10, 2, 12])
+    # Both failed attempts went wrong at the step that they share.
+    np.testing.assert_array_equal(row.steps[:14], [0, 0, 0, 1, 1, 0, 0, 0, 2, 2, 2, 2, 1, 1])
+    np.testing.assert_array_equal(row.first_failure[:14], [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(row.leaves, [0, 0, 0, 2, 2, 0, 0, 0, *[1] * 6, 0, 0, 0, 1, 1, *[0] * 5])
+    np.testing.assert_allclose(row.weight, row.leaves, rtol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 40), st.sampled_from(["first_wrong", "searched", "verified"]))
+def test_every_branch_is_found_in_the_packed_trees(seed, spare, critical):
+    """Whatever the row length: the ancestors of a leaf's last token are its tokens, with its credit; none is lost."""
+    rng = np.random.default_rng(seed)
+    recipe = elpo(critical=critical)
+    trees = [random_tree(rng) for _ in range(3)]
+    examples = [example for tree in trees for example in policy_examples(tree, assign(tree, recipe))]
+    examples = normalise([examples[i] for i in rng.permutation(len(examples))], recipe, 1.0)
+    length = max(len(example.tokens) for example in examples) + spare
+    batch = pack(examples, length)
+    assert batch.tokens.shape[0] <= pack(examples, length, share=False).tokens.shape[0]
+    branches = {}
+    for row, column in np.argwhere(batch.positions >= 0):
+        where = [k for k in range(column + 1) if column < batch.ends[row, k]]
+        assert len(where) == batch.positions[row, column] + 1
+        np.testing.assert_array_equal(batch.positions[row, where], np.arange(len(where)))
+        np.testing.assert_array_equal(batch.previous[row, where[1:]], where[:-1])
+        branches.setdefault(tuple(batch.tokens[row, where]), []).append((row, where))
+    for example in examples:
+        credit = {name: getattr(example, name) for name in FIELDS if name != "weight"}
+        credit["first_failure"] = reached(example)
+        place = next(
+            place
+            for place in branches[tuple(example.tokens)]
+            if all(np.array_equal(getattr(batch, name)[place], values) for name, values in credit.items())
+        )
+        assert np.all(batch.weight[place] >= 0.999 * example.weight)
+        assert np.all(batch.leaves[place] >= (example.steps > 0))
+    assert batch.leaves.sum() == sum(int((example.steps > 0).sum()) for example in examples)
+    assert batch.weight.sum() == pytest.approx(1.0, rel=1e-5)
+    assert not np.any(batch.leaves[batch.steps == 0]) and np.all(batch.leaves[batch.steps > 0] > 0)
+
+
+def test_attempts_that_disagree_on_a_shared_token_are_not_merged_silently():
+    tree = make_tree([(None, 0, 1, False), (0, 1, 1, True)])
+    one, other = normalise(policy_examples(tree, assign(tree, elpo())), elpo(), 1.0)
+    pack([one, other], 24)
+    for change in ({"first_failure": 1}, {"branch": other.branch + 1}, {"behaviour_logp": 2 * other.behaviour_logp}):
+        ((name, _),) = change.items()
+        with pytest.raises(ValueError, match=f"share a step disagree on its {name}.*rl.share_prefixes=False"):
+            pack([one, dataclasses.replace(other, **change)], 24)
+        assert pack([one, dataclasses.replace(other, **change)], 24, share=False).leaves.max() == 1
+
+
+def test_a_tree_that_is_longer_than_a_row_is_cut_into_branches():
+    tree = figure_tree()
+    examples = normalise(policy_examples(tree, assign(tree, elpo())), elpo(), 1.0)
+    longest = max(len(example.tokens) for example in examples)
+    alone = sum(len(example.tokens) for example in examples)
+    used = [int((pack(examples, length).positions >= 0).sum()) for length in (longest, 2 * longest, 1000)]
+    nodes = tree.nodes()
+    turns = [tree.leaves[node.leaves[0]].trajectory.steps[node.step - 1] for node in nodes]
+    assert used[2] == 3 + sum(len(step.turn) + len(step.response or ()) for step in turns)
+    assert alone > used[0] >= used[1] >= used[2]
+    assert (pack(examples, 1000, share=False).positions >= 0).sum() == alone
 
 
 def test_number_of_token_terms_on_the_paper_figure():

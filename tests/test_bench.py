@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from elpo_jax.tools.sandbox import probes
-from experiments import bench, bench_sandbox
+from experiments import bench, bench_sandbox, bench_train, measure
+from experiments.measure import TINY
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -117,10 +118,10 @@ def test_sides_take_turns_and_report_medians(monkeypatch):
             calls.append(f"prepare {name}")
             clock[0] += 1000.0  # untimed
 
-        return bench.Side(name, work, prepare)
+        return measure.Side(name, work, prepare)
 
     fast, slow = side("a", [50.0, 1.0, 2.0, 40.0]), side("b", [60.0, 9.0, 8.0, 10.0])
-    line = bench.compare(bench.Settings(quick=True, seed=0, runs=3), "x", "case", fast, slow)
+    line = measure.compare(measure.Settings(quick=True, seed=0, runs=3), "x", "case", fast, slow)
     assert calls == ["prepare a", "a", "prepare b", "b"] * 4  # once to warm up, then three times
     assert (line["value"], line["against"], line["ratio"]) == (50.0, round(100 / 9, 1), 4.5)
     assert line["sides"] == ["a", "b"] and line["runs"] == 3
@@ -152,18 +153,18 @@ def test_the_fork_side_of_the_branch_bench_prefills_nothing(monkeypatch):
     monkeypatch.setattr(bench.Sampler, "_run_prefill", counting_prefill)
     monkeypatch.setattr(bench.Sampler, "_fork_rows", counting_fork)
     monkeypatch.setattr(bench, "compare", count)
-    (counts,) = bench.bench_branch(bench.Settings(quick=True, seed=0, runs=3))
+    (counts,) = bench.bench_branch(measure.Settings(quick=True, seed=0, runs=3))
     # Four branches after 64 tokens; the slot that holds the prefix is one of the four, and the last token is decoded.
     assert counts == [("fork", 0, 3), ("prefill each", 4 * 63, 0)] * 2
 
 
 def test_attempts_of_the_rollout_bench_are_played_to_the_end():
     """Every turn of every attempt is sampled, whatever the number of slots, and the amount of work is the same."""
-    settings = bench.Settings(quick=True, seed=0, runs=3)
+    settings = measure.Settings(quick=True, seed=0, runs=3)
     tokens = set()
     for slots in (2, 5):
-        sampler = bench.Sampler(bench.TINY, bench.SamplerConfig(slots=slots, context=384), (), seed=0)
-        sampler.load(bench.init(bench.TINY, bench.jax.random.key(0)), version=0)
+        sampler = bench.Sampler(TINY, bench.SamplerConfig(slots=slots, context=384), (), seed=0)
+        sampler.load(bench.init(TINY, bench.jax.random.key(0)), version=0)
         tokens.add(bench._play(sampler, attempts=7, turns=2, settings=settings))
         assert sampler.free_slots == slots
     assert len(tokens) == 1 and 14 * 8 <= tokens.pop() <= 14 * 48

@@ -172,7 +172,7 @@ def first_update(world, trees, temperature, dtype="float32"):
     examples = [example for tree in trees for example in policy_examples(tree, assign(tree, elpo()))]
     length = world.config.sampler.context
     batch = stack(pack(normalise(examples, elpo(), length), length), 8)
-    assert batch.segments.max() > 1 and any(leaf.parent is not None for tree in trees for leaf in tree.leaves)
+    assert batch.leaves.max() > 1 and any(leaf.parent is not None for tree in trees for leaf in tree.leaves)
     scalars = elpo().scalars() | {"temperature": temperature}
     loss_fn = make_loss(dataclasses.replace(world.config.model, dtype=dtype))
     sums = jax.jit(lambda b: jax.lax.map(lambda micro: loss_fn(world.params, micro, scalars)[1], b))(batch)

@@ -210,9 +210,8 @@ def rows_with(noise, context=4096):
 def test_what_noise_made_fail_is_not_imitated():
     rows, failed, long, made = rows_with(noise=0.3)
     packed = {
-        tuple(tokens[segments == s].tolist())
-        for tokens, segments in zip(rows.tokens, rows.segments, strict=True)
-        for s in range(1, segments.max() + 1)
+        tuple(rows.tokens[row, start : rows.ends[row, start]].tolist())
+        for row, start in np.argwhere(rows.positions == 0)
     }
     assert packed == {tuple(m.ids().tolist()) for m in made if m.success}
     assert failed == sum(not m.success for m in made) > 10 and long == 0

@@ -9,11 +9,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_model
 import pytest
-from factories import make_tree
+from factories import make_tree, random_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy_loss import loss_and_gradient, random_examples
+from numpy_loss import loss_and_gradient, random_examples, weighted_loss
 from test_golden import figure_tree
 
 from elpo_jax.model.config import ModelConfig
@@ -47,7 +48,7 @@ def scalars_of(recipe: Recipe, temperature: float = 1.0) -> dict[str, np.float32
 
 
 def batch_of(examples: list[Example], recipe: Recipe) -> Batch:
-    return stack(pack(normalise(examples, recipe, CONSTANT), LENGTH), 8)
+    return stack(pack(normalise(examples, recipe, CONSTANT), LENGTH, share=False), 8)
 
 
 @jax.jit
@@ -150,12 +151,14 @@ def row(steps, first_failure, ratios, advantage) -> tuple[np.ndarray, Batch]:
     batch = Batch(
         tokens=np.zeros_like(steps),
         positions=np.arange(steps.size, dtype=np.int32)[None],
-        segments=np.ones_like(steps),
+        ends=np.full_like(steps, steps.size),
+        previous=np.maximum(np.arange(steps.size, dtype=np.int32) - 1, 0)[None],
         steps=steps,
         first_failure=np.full_like(steps, first_failure),
         behaviour_logp=behaviour,
         branch=signal,
         trajectory=signal,
+        leaves=np.ones_like(steps),
         weight=np.ones_like(behaviour),
         reference_logp=np.zeros_like(behaviour),
     )
@@ -371,6 +374,71 @@ def test_dropping_flat_examples_changes_no_gradient():
     np.testing.assert_array_equal(whole[2], part[2])
 
 
+TREE_RECIPES = {
+    "elpo": elpo(),
+    "searched": elpo(critical="searched", eps_elc=0.3, critical_weight=2.0),
+    "verified once": elpo(critical="verified", prefix_weight="once", kl=0.1, lambda_tree=0.3),
+    "token once": elpo(critical="searched", normalisation="token", prefix_weight="once", dual_clip=1.5),
+    "token": elpo(normalisation="token", kl=0.02, critical_weight=0.0),
+    "constant": elpo(critical="verified", normalisation="constant", kl=0.1),
+    "constant once": elpo(critical="searched", normalisation="constant", prefix_weight="once", critical_weight=3.0),
+}
+
+
+def tree_examples(seed: int, recipe: Recipe) -> list[Example]:
+    """Weighted leaves of three random trees."""
+    rng = np.random.default_rng(seed)
+    trees = [random_tree(rng) for _ in range(3)]
+    examples = [example for tree in trees for example in policy_examples(tree, assign(tree, recipe))]
+    for example in examples:  # ratios to an untrained network between exp(-0.6) and exp(0.6)
+        near = 1.2 * (example.behaviour_logp + 0.5) - np.log(TINY.vocab_size)
+        example.behaviour_logp[:] = np.where(example.steps > 0, near, 0)
+    return drop_flat(normalise(examples, recipe, CONSTANT), recipe.kl)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", TREE_RECIPES)
+def test_tree_packed_equals_unpacked(name, seed):
+    """Loss, gradient by every parameter and metrics where shared tokens are computed once, or once per part."""
+    recipe = TREE_RECIPES[name]
+    examples, params = tree_examples(seed, recipe), init(TINY, jax.random.key(seed))
+    scalars = scalars_of(recipe, 0.8)
+    results = []
+    for length, share in ((LENGTH, False), (LENGTH, True), (max(len(e.tokens) for e in examples), True)):
+        batch = stack(pack(examples, length, share), 8)
+        reference = jnp.sin(7.0 * batch.behaviour_logp) * 0.3 + batch.behaviour_logp
+        results.append((accumulated(params, batch.replace(reference_logp=np.asarray(reference)), scalars), batch))
+    ((loss, gradient), metrics), whole = results[0]
+    assert all(batch.leaves.max() > 1 for _, batch in results[1:]) and whole.leaves.max() == 1
+    for ((other, slope), others), batch in results[1:]:
+        assert (batch.positions >= 0).sum() < (whole.positions >= 0).sum()
+        largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient))
+        assert float(other) == pytest.approx(float(loss), rel=1e-5, abs=1e-6 * largest)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), slope, gradient
+        )
+        for metric, value in metrics.items():
+            fold = np.max if metric.endswith("_max") else np.sum
+            np.testing.assert_allclose(fold(others[metric]), fold(value), rtol=2e-5, atol=1e-5, err_msg=metric)
+
+
+@pytest.mark.parametrize("name", TREE_RECIPES)
+def test_tree_packed_loss_equals_the_float64_reference(name):
+    """The network and the loss in NumPy, one attempt at a time, against trees that are laid out once."""
+    recipe = TREE_RECIPES[name]
+    examples, params = tree_examples(5, recipe), init(TINY, jax.random.key(0))
+    batch = pack(examples, LENGTH)
+    reference = np.where(batch.steps > 0, batch.behaviour_logp - 0.25, 0).astype(np.float32)
+    loss, metrics = jax.jit(make_loss(TINY))(params, batch.replace(reference_logp=reference), scalars_of(recipe))
+    logp = [numpy_model.logprobs(TINY, params, example.tokens, 1.0)[0] for example in examples]
+    references = [example.behaviour_logp.astype(np.float64) - 0.25 for example in examples]
+    wanted = 0.0
+    for example, own, other in zip(examples, logp, references, strict=True):
+        wanted += weighted_loss(example, own, other, recipe)
+    assert float(loss) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    assert metrics["tokens"] == sum(int((example.steps > 0).sum()) for example in examples)
+
+
 def policy_batch(seed: int, recipe: Recipe, count: int = 12) -> tuple[list[Example], dict]:
     """Weighted random examples with behaviour log-probabilities near those of a tiny network, and its parameters."""
     rng = np.random.default_rng(seed)
@@ -428,7 +496,7 @@ def test_packed_equals_padded():
     packed = pack(examples, LENGTH)
     alone = [pack([example], 28) for example in examples]
     padded = jax.tree.map(lambda *rows: np.concatenate(rows), *alone)
-    assert packed.segments.max() > 1 and padded.segments.max() == 1
+    assert (packed.positions == 0).sum() == (padded.positions == 0).sum() == len(examples)
     assert packed.tokens.shape[0] < padded.tokens.shape[0]
     results = [accumulated(params, stack(rows, len(rows.tokens)), scalars_of(recipe, 0.7)) for rows in (packed, padded)]
     assert results[0][0][0] == pytest.approx(float(results[1][0][0]), rel=1e-5)
@@ -447,8 +515,10 @@ def test_targets_of_environment_tokens_do_not_reach_the_parameters():
     @jax.jit
     def gradients(targets):
         def loss(params):
-            hidden, _ = apply(TINY, params, batch.tokens, batch.positions, segments=batch.segments)
-            return policy_loss(*token_logprobs(TINY, params, hidden, targets, 1.0), batch, scalars_of(recipe))[0]
+            hidden, _ = apply(TINY, params, batch.tokens, batch.positions, ends=batch.ends)
+            return policy_loss(
+                *token_logprobs(TINY, params, hidden, targets, 1.0, batch.previous), batch, scalars_of(recipe)
+            )[0]
 
         return jax.value_and_grad(loss)(params)
 
@@ -474,7 +544,7 @@ def test_logprobs_are_those_of_a_softmax_in_float64():
     examples, params = policy_batch(7, grpo())
     batch = pack(examples, LENGTH)
     logp = np.asarray(jax.jit(make_logprobs(TINY, 0.6))(params, batch))
-    hidden, _ = jax.jit(apply, static_argnums=0)(TINY, params, batch.tokens, batch.positions, segments=batch.segments)
+    hidden, _ = jax.jit(apply, static_argnums=0)(TINY, params, batch.tokens, batch.positions, ends=batch.ends)
     logits = np.asarray(hidden, np.float64) @ np.asarray(params["embed"], np.float64).T / 0.6
     exact = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for b, t in np.argwhere(batch.steps > 0):  # the state before a token predicts it

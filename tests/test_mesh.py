@@ -52,13 +52,13 @@ def random_batch():
     return {
         "tokens": rng.integers(0, CONFIG.vocab_size, shape).astype(np.int32),
         "positions": np.broadcast_to(np.tile(np.arange(8, dtype=np.int32), 2), shape),
-        "segments": np.broadcast_to(np.repeat(np.array([1, 2], np.int32), 8), shape),
+        "ends": np.broadcast_to(np.repeat(np.array([8, 16], np.int32), 8), shape),
         "weight": rng.normal(size=shape).astype(np.float32) / 16,
     }
 
 
 def loss_fn(params, batch, scalars):
-    hidden, _ = apply(CONFIG, params, batch["tokens"], batch["positions"], segments=batch["segments"])
+    hidden, _ = apply(CONFIG, params, batch["tokens"], batch["positions"], ends=batch["ends"])
     logp, entropy = token_logprobs(CONFIG, params, hidden, batch["tokens"], scalars["temperature"], chunk=8)
     loss = -jnp.sum(jnp.where(batch["positions"] > 0, batch["weight"] * logp, 0.0))
     return loss, {"entropy": entropy.sum(), "logp_max": logp.max()}

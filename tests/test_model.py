@@ -217,13 +217,13 @@ def packed_rows():
     """Three sequences packed into two rows with padding at the end, and the same sequences in rows of their own."""
     lengths, length, longest = (70, 50, 90), 140, 90  # over the boundaries of the blocks that attention works in
     tokens = random_tokens(3, longest, seed=2)
-    packed = {name: np.zeros((2, length), np.int32) for name in ("tokens", "segments")}
+    packed = {name: np.zeros((2, length), np.int32) for name in ("tokens", "ends")}
     packed["positions"] = np.full((2, length), -1, np.int32)
     padded = {"tokens": np.zeros((3, longest), np.int32), "positions": np.full((3, longest), -1, np.int32)}
-    places = [(0, 0, 1), (0, 70, 2), (1, 0, 1)]
-    for sequence, (n, (row, start, segment)) in enumerate(zip(lengths, places, strict=True)):
+    places = [(0, 0), (0, 70), (1, 0)]
+    for sequence, (n, (row, start)) in enumerate(zip(lengths, places, strict=True)):
         where = (row, slice(start, start + n))
-        packed["tokens"][where], packed["segments"][where] = tokens[sequence, :n], segment
+        packed["tokens"][where], packed["ends"][where] = tokens[sequence, :n], start + n
         packed["positions"][where] = np.arange(n)
         padded["tokens"][sequence, :n], padded["positions"][sequence, :n] = tokens[sequence, :n], np.arange(n)
     return packed, padded, lengths, places
@@ -241,7 +241,7 @@ def test_packed_equals_padded_in_hidden_and_gradient():
         return total, hidden
 
     gradient = jax.value_and_grad(sequences, has_aux=True)
-    cuts = tuple((row, start, n) for n, (row, start, _) in zip(lengths, places, strict=True))
+    cuts = tuple((row, start, n) for n, (row, start) in zip(lengths, places, strict=True))
     (a, hidden_a), grad_a = gradient(params, packed, cuts)
     (b, hidden_b), grad_b = gradient(params, padded, tuple((i, 0, n) for i, n in enumerate(lengths)))
     for i, (row, start, n) in enumerate(cuts):
@@ -254,7 +254,7 @@ def test_rows_of_padding_are_finite_and_carry_no_gradient():
     params = parameters(FULL)
     packed, _, _, _ = packed_rows()
     blank = {"tokens": np.zeros((2, 140), np.int32), "positions": np.full((2, 140), -1, np.int32)}
-    blank["segments"] = np.zeros((2, 140), np.int32)
+    blank["ends"] = np.zeros((2, 140), np.int32)
     both = {name: np.concatenate([packed[name], blank[name]]) for name in packed}
 
     def loss(params, batch):
@@ -462,7 +462,7 @@ def test_wrong_calls_are_errors():
     positions, cache = count_up(2, 4), new_cache(BASE, 2, 8)
     for match, arguments in {
         "tokens and positions": (tokens, positions[:, :3]),
-        "segments must be": (tokens, positions, None, positions[:1]),
+        "ends must be": (tokens, positions, None, positions[:1]),
         "a cache row holds one sequence": (tokens, positions, cache, positions),
         "2 layers of 3 rows": (tokens, positions, new_cache(BASE, 3, 8)),
     }.items():

@@ -210,7 +210,7 @@ def test_a_data_set_is_a_family_like_the_others(tmp_path):
         right = family.grade(tests[0], "So it is \\boxed{15}.", None)
         assert right.success and not family.grade(tests[0], "\\boxed{16}", None).success
         batch, failed, long = demonstration_rows(config, environment, stream)
-        assert (int(batch.segments.max(axis=1).sum()), failed, long) == (family.size("train"), 0, 0)
+        assert (int((batch.positions == 0).sum()), failed, long) == (family.size("train"), 0, 0)
         assert "exact" in family.checker and "3 calls of calculator" in config.tasks.of("pens").line()
     assert (tmp_path / "tokenizer.json").exists()
     test_only = dataclasses.replace(config.tasks.datasets[0], use="test")

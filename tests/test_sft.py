@@ -34,7 +34,7 @@ def demonstrations() -> list:
 def batch(demonstrations) -> Batch:
     """Several packed transcripts to a row, with weights as of a loop that saw other batches before."""
     packed = pack([demonstration_example(t) for t in demonstrations], 64)
-    assert packed.segments.max() > 1 and (packed.steps == 0).any()
+    assert (packed.positions == 0).sum() > len(packed.tokens) and (packed.steps == 0).any()
     return packed.replace(weight=packed.weight / 50)
 
 
@@ -69,8 +69,8 @@ def test_only_the_models_tokens_are_learned(params, batch, monkeypatch):
     def with_targets(targets):
         """The loss and its gradient where the network reads the batch's tokens but has to predict these."""
 
-        def logprobs(config, params, hidden, tokens, temperature):
-            return token_logprobs(config, params, hidden, targets, temperature)
+        def logprobs(config, params, hidden, tokens, temperature, previous):
+            return token_logprobs(config, params, hidden, targets, temperature, previous)
 
         with monkeypatch.context() as patched:
             patched.setattr(policy_loss, "token_logprobs", logprobs)

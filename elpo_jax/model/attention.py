@@ -1,4 +1,4 @@
-"""Rotary positions, attention masks and the grouped-query attention product, as pure functions.
+"""Rotary positions, and the grouped-query attention product of tokens with a cache, as pure functions.
 
 Letters: B rows, T tokens, H query heads, K key/value heads, G = H/K, N head width, S keys.
 """
@@ -78,41 +78,9 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def training_mask(positions: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """Which token may attend to which: itself and earlier ones of its own segment, never padding.
-
-    Args:
-      positions: int32 [B, T], -1 at padding.
-      segments: int32 [B, T], equal within one packed sequence; None where each row is one sequence.
-
-    Returns:
-      bool [B, T, T], true where query i (axis 1) sees key j (axis 2).
-    """
-    length = positions.shape[1]
-    mask = jnp.tril(jnp.ones((length, length), bool)) & (positions >= 0)[:, None, :]
-    if segments is not None:
-        mask &= segments[:, :, None] == segments[:, None, :]
-    return mask
-
-
 def cache_mask(positions: jax.Array, length: int) -> jax.Array:
     """bool [B, T, S]: a query at position p sees the cached positions 0..p, and one at -1 sees none."""
     return jnp.arange(length) <= positions[:, :, None]
-
-
-def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attend` where no query may look past its own index (T = S): almost half of the products need not be made.
-
-    A block of queries only meets the keys up to its own end. At most eight blocks: each is compiled by itself.
-    """
-    tokens = q.shape[1]
-    block = max(64, -(-tokens // 8))
-    ends = [min(start + block, tokens) for start in range(0, tokens, block)]
-    parts = [
-        attend(q[:, start:end], k[..., :end], v[:, :, :end], mask[:, start:end, :end])
-        for start, end in zip([0, *ends], ends, strict=False)
-    ]
-    return jnp.concatenate(parts, axis=1)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -41,12 +41,13 @@ def token_logprobs(
     hidden: jax.Array,
     tokens: jax.Array,
     temperature: jax.Array | float,
+    previous: jax.Array | None = None,
     chunk: int = 128,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of every token given what precedes it in its row, aligned to the token itself.
+    """Log-probability of every token given what precedes it in its branch, aligned to the token itself.
 
-    Hidden state t-1 predicts token t. The logits exist for [B, chunk, V] at a time and are computed again in the
-    backward pass, so memory does not grow with T * V.
+    The hidden state of the token before it predicts a token. The logits exist for [B, chunk, V] at a time and are
+    computed again in the backward pass, so memory does not grow with T * V.
 
     Args:
       config: The network.
@@ -54,20 +55,25 @@ def token_logprobs(
       hidden: [B, T, D], from `apply`.
       tokens: int32 [B, T].
       temperature: Scalar > 0, traced; divides the logits exactly as it divided the sampler's.
+      previous: int32 [B, T], column of the token before each in its branch; None where each row is one sequence, so
+        that hidden state t-1 predicts token t.
       chunk: Columns whose logits exist at once.
 
     Returns:
       logp and entropy, float32 [B, T], as in `logprob_and_entropy`; column 0 is 0. In a packed row the first token of
-      a segment gets a number that means nothing: leave it out of the loss.
+      a tree gets a number that means nothing: leave it out of the loss.
     """
     rows, length, width = hidden.shape
     if tokens.shape != (rows, length):
         raise ValueError(f"tokens must be [B, T] = {(rows, length)}, not {tokens.shape}")
+    if previous is None:
+        hidden = jnp.roll(hidden, 1, axis=1)
+    else:  # several branches may begin behind one token: its state is read by each of them
+        hidden = jnp.take_along_axis(hidden, previous[..., None], axis=1)
     chunk = min(chunk, length)
     count = -(-length // chunk)
     padding = ((0, 0), (0, count * chunk - length))
-    # Column t of the targets is token t+1; the last column predicts nothing and is cut off below.
-    targets = jnp.pad(jnp.roll(tokens, -1, axis=1), padding).reshape(rows, count, chunk).swapaxes(0, 1)
+    targets = jnp.pad(tokens, padding).reshape(rows, count, chunk).swapaxes(0, 1)
     inputs = jnp.pad(hidden, (*padding, (0, 0))).reshape(rows, count, chunk, width).swapaxes(0, 1)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -77,6 +83,5 @@ def token_logprobs(
     name = "embed" if config.tied else "head"
     head = {name: params[name]}
     _, outputs = jax.lax.scan(lambda carry, xs: (carry, one(head, *xs)), None, (inputs, targets))
-    shifted = (x.swapaxes(0, 1).reshape(rows, count * chunk)[:, : length - 1] for x in outputs)
-    logp, entropy = (jnp.pad(x, ((0, 0), (1, 0))) for x in shifted)
+    logp, entropy = (x.swapaxes(0, 1).reshape(rows, count * chunk)[:, :length].at[:, 0].set(0.0) for x in outputs)
     return logp, entropy

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from elpo_jax.model import attention
+from elpo_jax.model import attention, tree_attention
 from elpo_jax.model.cache import Cache, LayerCache, cache_length, write
 from elpo_jax.model.config import ModelConfig
 
@@ -33,41 +33,43 @@ def apply(
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache | None = None,
-    segments: jax.Array | None = None,
+    ends: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Hidden states of the tokens, after the final norm.
 
-    Without a cache (training) a token attends to itself and the tokens before it in its row, within its segment.
-    With one (prefill and decode) each token's key and value are first written at the column of its position, and a
-    query at position p then attends to columns 0..p; rewinding a row is therefore only a matter of the positions.
+    Without a cache (training) a token attends to itself and its ancestors: the query in column q sees the key in column
+    k iff k <= q < ends[k]. With one (prefill and decode) each token's key and value are first written at the column of
+    its position, and a query at position p then attends to columns 0..p; rewinding a row is therefore only a matter of
+    the positions.
 
     Args:
       config: The network.
       params: From `init`.
       tokens: int32 [B, T].
-      positions: int32 [B, T], each token's index in its sequence; -1 marks padding, which is neither written to the
-        cache nor attended to, and whose own output is finite but meaningless.
+      positions: int32 [B, T], how many tokens precede each in its sequence, or branch; -1 marks padding, which is
+        neither written to the cache nor attended to, and whose own output is finite but meaningless.
       cache: From `new_cache`, or what a former call returned.
-      segments: int32 [B, T], for rows that pack several sequences; only without a cache.
+      ends: int32 [B, T], for rows that pack trees in depth-first order: one past the column of a token's last
+        descendant, 0 at padding (see `policy.batch.Batch`). Only without a cache; None where each row is one sequence.
 
     Returns:
       hidden [B, T, D] in the compute dtype, and the updated cache (None without one).
 
     Raises:
-      ValueError: If the shapes disagree, or both a cache and segments are given.
+      ValueError: If the shapes disagree, or both a cache and ends are given.
     """
     if tokens.ndim != 2 or tokens.shape != positions.shape:
         raise ValueError(f"tokens and positions must both be [B, T], not {tokens.shape} and {positions.shape}")
-    if segments is not None and segments.shape != tokens.shape:
-        raise ValueError(f"segments must be [B, T] like tokens, not {segments.shape} and {tokens.shape}")
-    if cache is not None and segments is not None:
-        raise ValueError("packed segments are for training only: a cache row holds one sequence")
+    if ends is not None and ends.shape != tokens.shape:
+        raise ValueError(f"ends must be [B, T] like tokens, not {ends.shape} and {tokens.shape}")
+    if cache is not None and ends is not None:
+        raise ValueError("packed trees are for training only: a cache row holds one sequence")
     if cache is not None and (len(cache) != config.layers or cache[0].k.shape[0] != tokens.shape[0]):
         raise ValueError(
             f"the cache has {len(cache)} layers of {cache[0].k.shape[0]} rows; "
             f"this call needs {config.layers} of {tokens.shape[0]}"
         )
-    return Transformer(config).apply({"params": params}, tokens, positions, cache, segments)
+    return Transformer(config).apply({"params": params}, tokens, positions, cache, ends)
 
 
 def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
@@ -96,12 +98,15 @@ def _norm(module: nn.Module, config: ModelConfig, name: str, x: jax.Array) -> ja
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary positions.
+
+    `sees` says which keys a query sees: the mask [B, T, S] of a cache, or without one the `ends` [B, T] of subtrees.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, layer: LayerCache | None, positions):
+    def __call__(self, x, angles, sees, layer: LayerCache | None, positions):
         config = self.config
         rows, tokens, _ = x.shape
 
@@ -117,10 +122,10 @@ class Attention(nn.Module):
             q, k = _norm(self, config, "q_norm", q), _norm(self, config, "k_norm", k)
         q, k = attention.rotate(q, angles), attention.rotate(k, angles)
         if layer is None:
-            out = attention.attend_causal(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
+            out = tree_attention.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), sees)
         else:
             layer = write(layer, k, v, positions)
-            out = attention.attend(q, layer.k, layer.v, mask)
+            out = attention.attend(q, layer.k, layer.v, sees)
         width = config.heads * config.head_dim
         o = _matrix(self, config, "o", (width, config.d_model), (2 * config.layers) ** -0.5)
         return out.reshape(rows, tokens, width) @ o, layer
@@ -147,9 +152,9 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, layer: LayerCache | None, positions):
+    def __call__(self, x, angles, sees, layer: LayerCache | None, positions):
         norm = functools.partial(_norm, self, self.config)
-        y, layer = Attention(self.config, name="attn")(norm("attn_norm", x), angles, mask, layer, positions)
+        y, layer = Attention(self.config, name="attn")(norm("attn_norm", x), angles, sees, layer, positions)
         x = x + y
         return x + Mlp(self.config, name="mlp")(norm("mlp_norm", x)), layer
 
@@ -160,7 +165,7 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens, positions, cache: Cache | None = None, segments=None):
+    def __call__(self, tokens, positions, cache: Cache | None = None, ends=None):
         config = self.config
         embed = self.param(
             "embed",
@@ -172,14 +177,14 @@ class Transformer(nn.Module):
             _matrix(self, config, "head", (config.d_model, config.vocab_size))
         angles = attention.rotary_angles(config, positions)
         if cache is None:
-            mask = attention.training_mask(positions, segments)
+            sees = jnp.where(positions >= 0, positions.shape[1], 0) if ends is None else ends
         else:
-            mask = attention.cache_mask(positions, cache_length(cache))
+            sees = attention.cache_mask(positions, cache_length(cache))
         block = nn.remat(Block) if config.remat else Block
         x = embed[tokens].astype(config.dtype)
         layers = []
         for i in range(config.layers):
             layer = None if cache is None else cache[i]
-            x, layer = block(config, name=f"layers_{i}")(x, angles, mask, layer, positions)
+            x, layer = block(config, name=f"layers_{i}")(x, angles, sees, layer, positions)
             layers.append(layer)
         return _norm(self, config, "final_norm", x), None if cache is None else tuple(layers)

@@ -1,4 +1,4 @@
-"""From trajectories to the `Batch` that the jitted loss reads.
+"""From trees to the `Batch` that the jitted loss reads.
 
 Packing and weighting happen on the host in numpy; only arrays cross to the device, and every sum that the loss needs is
 already inside `Batch.weight`, so micro-batches and shards only ever add.
@@ -17,7 +17,7 @@ import numpy as np
 
 from elpo_jax.policy.credit import Credit
 from elpo_jax.policy.recipes import Recipe
-from elpo_jax.trees.trajectory import Author, Trajectory
+from elpo_jax.trees.trajectory import Author, Segment, Trajectory
 from elpo_jax.trees.tree import RolloutTree
 
 Array = jax.Array | np.ndarray
@@ -25,21 +25,29 @@ Array = jax.Array | np.ndarray
 
 @flax.struct.dataclass
 class Batch:
-    """Rows of packed trajectories, aligned to the token itself.
+    """Rows of packed trees, aligned to the token itself.
 
-    `logp[b, t]` is the log-probability of `tokens[b, t]` given what precedes it in its segment; the first token of a
-    segment has no prediction and is never in the loss.
+    A tree is laid out once, in depth-first order, and each of its tokens stands there once, however many attempts share
+    it. So the tokens that descend from a token follow it without a gap, and the one number `ends` says which queries
+    see it: query q sees key k iff k <= q < ends[k]. A lone trajectory is a tree of one branch.
+
+    `logp[b, t]` is the log-probability of `tokens[b, t]` given what precedes it in its branch; the first token of a
+    tree has no prediction and is never in the loss. Credit is a property of the tree's nodes, the irrecoverable steps
+    too: attempts that share a token agree on whether it lies before, on or behind one. So a token's loss is one term,
+    times the summed weight of its attempts.
     """
 
     tokens: Array  # int32 [B, T]
-    positions: Array  # int32 [B, T], restart at 0 for each packed trajectory; -1 = padding
-    segments: Array  # int32 [B, T], number of the packed trajectory within its row, from 1; 0 = padding
+    positions: Array  # int32 [B, T], number of tokens that precede it in its branch; -1 = padding
+    ends: Array  # int32 [B, T], one past the column of its last descendant, or of itself; 0 = padding
+    previous: Array  # int32 [B, T], column of the token that precedes it in its branch; 0 where there is none
     steps: Array  # int32 [B, T], 1-based step of a model token, 0 elsewhere: the loss mask
-    first_failure: Array  # int32 [B, T], first irrecoverable step of the token's trajectory; 0 = none
+    first_failure: Array  # int32 [B, T], first irrecoverable step, on that step and behind it; 0 = none so far
     behaviour_logp: Array  # float32 [B, T], under the sampling policy at the sampling temperature
     branch: Array  # float32 [B, T], branch advantage of the token's step (paper eq. 7)
     trajectory: Array  # float32 [B, T], trajectory advantage of the token's step (paper eq. 8-9)
-    weight: Array  # float32 [B, T], the normalisation over the global batch; 0 off the mask
+    leaves: Array  # int32 [B, T], attempts whose model token it is; 0 off the mask
+    weight: Array  # float32 [B, T], their summed normalisation over the global batch; 0 off the mask
     reference_logp: Array  # float32 [B, T], under the KL reference at the sampling temperature; zeros where kl = 0
 
 
@@ -56,6 +64,8 @@ class Example:
       branch: float32 [T], branch advantage of each model token's step.
       trajectory: float32 [T], trajectory advantage likewise.
       leaves: int32 [T], number of leaves of the tree that share the token (1 for demonstrations).
+      segments: What the tokens are made of. Trajectories that begin with the very same `Segment` objects share their
+        tokens in a packed row; an example without segments shares none.
       weight: float32 [T] once `normalise` has seen the whole batch, None before.
     """
 
@@ -67,12 +77,14 @@ class Example:
     branch: np.ndarray
     trajectory: np.ndarray
     leaves: np.ndarray
+    segments: tuple[Segment, ...] = ()
     weight: np.ndarray | None = None
 
     def __post_init__(self):
         for name in ("tokens", "steps", "behaviour_logp", "branch", "trajectory", "leaves"):
             values = getattr(self, name)
             assert values.shape == (len(self.tokens),), (name, values.shape, len(self.tokens))
+        assert not self.segments or sum(map(len, self.segments)) == len(self.tokens)
         if len(self.tokens) and self.steps[0]:
             raise ValueError(
                 f"{self.task}: the first token is the model's, but nothing predicts it; begin every trajectory with a "
@@ -119,6 +131,7 @@ def policy_examples(tree: RolloutTree, credit: Credit) -> list[Example]:
                 branch=per_token(credit.branch, 0.0, np.float32),
                 trajectory=per_token(credit.trajectory, 0.0, np.float32),
                 leaves=per_token(shared_by, 1, np.int32),
+                segments=trajectory.segments(),
             )
         )
     return examples
@@ -128,6 +141,7 @@ def demonstration_example(trajectory: Trajectory, task: str = "demonstration") -
     """The example of a transcript to imitate: no advantages, no behaviour policy, and weight 1 on model tokens.
 
     Supervised batches are drawn from rows that were packed once, so their loop divides by the tokens of each batch.
+    Each transcript stays a chain of its own.
 
     Args:
       trajectory: The transcript.
@@ -161,9 +175,7 @@ def normalise(examples: Sequence[Example], recipe: Recipe, constant: float) -> l
     A prefix shared by d leaves of a tree stands in d examples. `recipe.prefix_weight` "per_leaf" counts it d times, as
     eq. 1 does. "once" puts m = 1/d wherever tokens are counted, in the sums above too: under "token" and "constant" the
     copies of a token weigh together exactly what a token of a single leaf weighs; under "sequence", the mean of what
-    such a token weighs in those d leaves, and every trajectory keeps its 1/N. The copies have the same loss where the
-    first failure is a property of the node (`critical="first_wrong"`); where only searched attempts have one, some
-    copies can lie behind it and others not, and the token's loss is the mean of both.
+    such a token weighs in those d leaves, and every trajectory keeps its 1/N. All copies of a token have the same loss.
 
     Args:
       examples: All examples of the optimizer step, whole trees; also those that `drop_flat` removes afterwards.
@@ -208,12 +220,17 @@ def drop_flat(examples: Sequence[Example], kl: float) -> list[Example]:
     return [e for e in examples if kl or np.any(e.branch[e.steps > 0]) or np.any(e.trajectory[e.steps > 0])]
 
 
-def pack(examples: Sequence[Example], length: int) -> Batch:
+def pack(examples: Sequence[Example], length: int, share: bool = True) -> Batch:
     """Packs examples into as few rows as first-fit-decreasing needs; ties keep their order, so it is deterministic.
+
+    Examples that begin with the same segments are laid out as one tree, with the shared tokens once. Loss and gradient
+    are those of the examples one by one. A tree that is longer than a row is cut into several, each of as many
+    neighbouring branches as fit, so whatever fits without sharing fits with it.
 
     Args:
       examples: Weighted examples.
       length: T, tokens of a row.
+      share: False lays out every example by itself, to compare with.
 
     Returns:
       A batch of numpy arrays [rows, T].
@@ -229,19 +246,97 @@ def pack(examples: Sequence[Example], length: int) -> Batch:
             )
         if example.weight is None:
             raise ValueError(f"{example.task}: the example has no weights; call normalise on the whole batch first")
-    packed = first_fit_decreasing([len(example.tokens) for example in examples], length)
+    trees = [lay_out(group) for group in (trees_of(examples, length) if share else [[e] for e in examples])]
+    packed = first_fit_decreasing([tree.tokens.shape[1] for tree in trees], length)
     batch = empty(len(packed), length)
     for row, members in enumerate(packed):
         start = 0
-        for segment, member in enumerate(members, 1):
-            example = examples[member]
-            here = (row, slice(start, start + len(example.tokens)))
-            for name in ("tokens", "steps", "first_failure", "behaviour_logp", "branch", "trajectory", "weight"):
-                getattr(batch, name)[here] = getattr(example, name)
-            batch.positions[here] = np.arange(len(example.tokens))
-            batch.segments[here] = segment
-            start += len(example.tokens)
+        for member in members:
+            tree = trees[member].replace(ends=trees[member].ends + start, previous=trees[member].previous + start)
+            end = start + tree.tokens.shape[1]
+            for field in dataclasses.fields(batch):
+                getattr(batch, field.name)[row, start:end] = getattr(tree, field.name)[0]
+            start = end
     return batch
+
+
+def trees_of(examples: Sequence[Example], length: int) -> list[list[Example]]:
+    """Groups examples that share their first segments, each group in depth-first order and of at most T tokens.
+
+    Args:
+      examples: None longer than a row.
+      length: T.
+    """
+    # Every prefix of segments is numbered when it is first seen; sorted by these numbers, branches follow their trunk.
+    numbers: dict[tuple[int, ...], int] = {}
+
+    def path(example: Example) -> list[int]:
+        keys = _keys(example)
+        return [numbers.setdefault(keys[: depth + 1], len(numbers)) for depth in range(len(keys))]
+
+    groups: list[list[Example]] = []
+    room = 0
+    for example in sorted(examples, key=path):
+        common = _common(groups[-1][-1], example) if groups else 0
+        new = len(example.tokens) - sum(map(len, example.segments[:common]))
+        if not common or new > room:
+            groups.append([])
+            new, room = len(example.tokens), length
+        groups[-1].append(example)
+        room -= new
+    return groups
+
+
+def lay_out(examples: Sequence[Example]) -> Batch:
+    """One tree as a row without padding, numpy [1, tokens].
+
+    Args:
+      examples: Weighted, in depth-first order. Each shares at least its first segment with the one before it.
+
+    Raises:
+      ValueError: If two of them disagree on a token that they share.
+    """
+    shared = [0, *(_common(a, b) for a, b in itertools.pairwise(examples))]
+    cuts = [sum(map(len, e.segments[:common])) for e, common in zip(examples, shared, strict=True)]
+    batch = empty(1, sum(len(e.tokens) - cut for e, cut in zip(examples, cuts, strict=True)))
+    row = jax.tree.map(lambda values: values[0], batch)  # views
+    weight = np.zeros(row.weight.shape, np.float64)
+    columns = np.zeros(0, np.int32)  # of the current branch
+    cursor = 0
+    for example, cut in zip(examples, cuts, strict=True):
+        row.ends[columns[cut:]] = cursor  # what the former branch does not share with this one ends here
+        new = np.arange(cursor, cursor + len(example.tokens) - cut)
+        columns = np.concatenate([columns[:cut], new])
+        cursor += len(new)
+        failed = (example.first_failure > 0) & (example.steps >= example.first_failure)
+        credit = {
+            name: getattr(example, name) for name in ("tokens", "steps", "behaviour_logp", "branch", "trajectory")
+        }
+        for name, values in (credit | {"first_failure": failed * example.first_failure}).items():
+            getattr(row, name)[new] = values[cut:]
+            if not np.array_equal(getattr(row, name)[columns[:cut]], values[:cut]):
+                raise ValueError(
+                    f"{example.task}: two attempts that share a step disagree on its {name}, so it cannot be computed "
+                    "once for both: give credit to nodes of the tree, or set rl.share_prefixes=False"
+                )
+        row.positions[new] = np.arange(cut, len(columns))
+        row.previous[columns[1:]] = columns[:-1]
+        row.leaves[columns] += example.steps > 0
+        weight[columns] += example.weight
+    row.ends[columns] = cursor
+    row.weight[:] = weight
+    return batch
+
+
+def _keys(example: Example) -> tuple[int, ...]:
+    """What tells the segments of an example from others: they are compared by identity, never by their tokens."""
+    return tuple(map(id, example.segments)) or (id(example),)
+
+
+def _common(a: Example, b: Example) -> int:
+    """Number of leading segments that two examples share."""
+    pairs = zip(a.segments, b.segments, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
 
 
 def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -257,7 +352,8 @@ def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]
 
 def empty(rows: int, length: int) -> Batch:
     """A batch of padding only, numpy [rows, length]."""
-    integers = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "segments", "steps", "first_failure")}
+    names = ("tokens", "ends", "previous", "steps", "first_failure", "leaves")
+    integers = {name: np.zeros((rows, length), np.int32) for name in names}
     floats = {
         name: np.zeros((rows, length), np.float32)
         for name in ("behaviour_logp", "branch", "trajectory", "weight", "reference_logp")

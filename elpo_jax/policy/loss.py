@@ -24,10 +24,10 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) is far outside every clip range and far inside
 
 
 def error_localized(batch: Batch, scalars: Scalars) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """What the first irrecoverable step t_crit of each trajectory does to its tokens.
+    """What the first irrecoverable step t_crit of each attempt does to its tokens.
 
         A       = lambda A_branch + (1 - lambda) A_trajectory                         (eq. 10)
-        eps_low = eps_low + eps_elc  from t_crit to the end of the trajectory          (eq. 11-12)
+        eps_low = eps_low + eps_elc  from t_crit to the end of the attempt             (eq. 11-12)
         w       = weight * critical_weight  on t_crit itself                           (1 in the paper)
 
     Args:
@@ -48,7 +48,7 @@ def error_localized(batch: Batch, scalars: Scalars) -> tuple[jax.Array, jax.Arra
 
 
 def policy_loss(logp: jax.Array, entropy: jax.Array, batch: Batch, scalars: Scalars) -> tuple[jax.Array, Metrics]:
-    """Clipped policy-gradient loss with per-token bounds, as a sum over the model's tokens.
+    """Clipped policy-gradient loss with per-token bounds, as a sum over the model's tokens of all attempts.
 
         r = exp(logp - behaviour_logp)
         J = min(r A, clip(r, 1 - low, 1 + high) A)            (eq. 2, with the bounds of eq. 11-12)
@@ -64,8 +64,9 @@ def policy_loss(logp: jax.Array, entropy: jax.Array, batch: Batch, scalars: Scal
       scalars: All but `temperature` are read.
 
     Returns:
-      The loss, and float32 sums over the model's tokens, to be added up over micro-batches and divided by `tokens`;
-      those whose name ends in `_max` are maxima instead:
+      The loss, and float32 sums over the model's tokens, to be added up over micro-batches and divided by `tokens`. A
+      token that several attempts share counts once for each of them, as it would if each stood in a row of its own.
+      Those whose name ends in `_max` are maxima instead:
         tokens, critical (tokens of first irrecoverable steps), positive and negative (tokens by the sign of A);
         clip_low, clip_high: tokens whose gradient the clip removes; dual_clip: likewise by the dual clip;
         relaxed_only: tokens whose gradient eps_elc alone keeps, A < 0 and 1 - eps_low - eps_elc <= r < 1 - eps_low;
@@ -99,12 +100,12 @@ def policy_loss(logp: jax.Array, entropy: jax.Array, batch: Batch, scalars: Scal
         "clip_high": (advantage > 0) & (ratio > 1 + high),
         "dual_clip": capped,
         "relaxed_only": pushed_down & (ratio >= 1 - low) & (ratio < 1 - scalars["eps_low"]),
-        "ratio_mean": jnp.where(mask, ratio, 0.0),
+        "ratio_mean": ratio,
         "mismatch_mean": mismatch,
         "entropy": entropy,
         "kl": kl,
     }
-    metrics = {name: jnp.sum(values, dtype=jnp.float32) for name, values in sums.items()}
+    metrics = {name: jnp.sum(batch.leaves * values, dtype=jnp.float32) for name, values in sums.items()}
     metrics["ratio_deviation_max"] = jnp.max(jnp.where(mask, jnp.abs(ratio - 1), 0.0))
     metrics["mismatch_max"] = jnp.max(mismatch)
     return loss, jax.lax.stop_gradient(metrics)
@@ -119,8 +120,8 @@ def logprobs(
     config: ModelConfig, params: Params, batch: Batch, temperature: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability at `temperature` and entropy at temperature 1 of every token of a batch, float32 [B, T] each."""
-    hidden, _ = apply(config, params, batch.tokens, batch.positions, segments=batch.segments)
-    return token_logprobs(config, params, hidden, batch.tokens, temperature)
+    hidden, _ = apply(config, params, batch.tokens, batch.positions, ends=batch.ends)
+    return token_logprobs(config, params, hidden, batch.tokens, temperature, batch.previous)
 
 
 def make_logprobs(config: ModelConfig, temperature: float) -> Callable[[Params, Batch], jax.Array]:

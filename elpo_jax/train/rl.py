@@ -2,7 +2,7 @@
 
 trees  = collect(tasks)                       attempts, searches, first irrecoverable steps     (host + sampler)
 credit = assign(tree)                         eq. 6-10                                          (host, float64)
-batch  = examples -> weights -> packed rows   masks and indices                                 (host)
+batch  = examples -> weights -> packed trees  masks and indices                                 (host)
 state  = step(state, batch)                   eq. 1, 2, 11, 12                                  (device)
 """
 
@@ -156,7 +156,8 @@ def update(
         groups = [policy_examples(t, c) for t, c in zip(trees[mine], credits[mine], strict=True)]
         examples = normalise([e for group in groups for e in group], recipe, constant=learner.sampler.context)
         examples = drop_flat(examples, recipe.kl)
-        batch = stack(pack(examples, learner.sampler.context), config.micro_rows)
+        rows = pack(examples, config.row_tokens or learner.sampler.context, config.share_prefixes)
+        batch = stack(rows, config.micro_rows)
         if learner.reference_logp is not None and recipe.kl > 0:
             batch = batch.replace(reference_logp=learner.reference_logp(batch))
         batches.append(batch)

@@ -1,0 +1,137 @@
+"""Attention over rows of trees in depth-first order, without scores that outlive the call.
+
+In that order a token's descendants follow it without a gap, so one integer per key is the whole mask: the query in
+column q sees the key in column k iff k <= q < ends[k]. A packed chain is a tree without branches, a row of one sequence
+has ends = T, and a key with ends = 0 (padding) is seen by none.
+
+Scores exist for one block of queries and one of keys at a time. Blocks of which no query sees any key are skipped: in a
+tree of many branches these are most. The backward pass keeps q, k, v, the output and one number per query (the
+logarithm of its softmax denominator), and computes the scores again.
+
+Letters: B rows, T tokens, H query heads, K key/value heads, G = H/K, N head width, M = T * G.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from elpo_jax.model.attention import MASKED
+
+BLOCK = 128  # queries, and keys, of a block at most
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_cut = jax.lax.dynamic_slice_in_dim
+_put = jax.lax.dynamic_update_slice_in_dim
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) -> jax.Array:
+    """Grouped-query softmax attention of every token to its ancestors and itself; the softmax is float32.
+
+    Args:
+      q: [B, T, H, N].
+      k: [B, K, N, T].
+      v: [B, K, T, N].
+      ends: int32 [B, T], one past the column of each token's last descendant, or of itself; 0 at padding.
+
+    Returns:
+      [B, T, H, N] in the dtype of `v`; 0 for queries that see no key.
+    """
+    rows, tokens, heads, width = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    count = -(-tokens // BLOCK)
+    block = -(-tokens // count)
+    padding = (0, count * block - tokens)
+    # One matrix [T * G, N] per row and key/value head: with further axes XLA's CPU backend is ten times slower.
+    q = (q * width**-0.5).reshape(rows, tokens, kv_heads, group, width).swapaxes(1, 2)
+    q = jnp.pad(q, ((0, 0), (0, 0), padding, (0, 0), (0, 0))).reshape(rows, kv_heads, -1, width)
+    k = jnp.pad(k, ((0, 0), (0, 0), (0, 0), padding))
+    v = jnp.pad(v, ((0, 0), (0, 0), padding, (0, 0)))
+    out = _blockwise(q, k, v, jnp.pad(ends, ((0, 0), padding)), block)
+    out = out.reshape(rows, kv_heads, count * block, group, width)[:, :, :tokens]
+    return out.swapaxes(1, 2).reshape(rows, tokens, heads, width)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array, block: int) -> jax.Array:
+    """softmax(q k) v, [B, K, M, N], of q [B, K, M, N], k [B, K, N, T] and v [B, K, T, N]; the block divides T."""
+    return _forward(q, k, v, ends, block)[0]
+
+
+def _forward(q, k, v, ends, block):
+    pairs, needed = _visible_blocks(ends, block)
+    size = block * (q.shape[2] // ends.shape[1])
+
+    def body(n, state):
+        at, key = pairs[n] * jnp.array([size, block])
+        scores = _scores(q, k, ends, *pairs[n], block)
+        out, highest, total = (_cut(x, at, size, 2) for x in state)
+        new = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
+        weights, shrink = jnp.exp(scores - new), jnp.exp(highest - new)
+        total = total * shrink + weights.sum(axis=-1, keepdims=True)
+        out = out * shrink + _dot("BKMS,BKSN->BKMN", weights.astype(v.dtype), _cut(v, key, block, 2))
+        return tuple(_put(x, part, at, 2) for x, part in zip(state, (out, new, total), strict=True))
+
+    column = (*q.shape[:3], 1)
+    state = jnp.zeros(q.shape, jnp.float32), jnp.full(column, MASKED, jnp.float32), jnp.zeros(column, jnp.float32)
+    out, highest, total = jax.lax.fori_loop(0, needed, body, state)
+    # A query that has seen nothing holds an average over masked keys, or nothing at all.
+    seen = highest > MASKED / 2
+    out = jnp.where(seen, out / jnp.where(seen, total, 1.0), 0.0).astype(v.dtype)
+    normaliser = jnp.where(seen, highest + jnp.log(jnp.where(seen, total, 1.0)), 0.0)
+    return out, (q, k, v, ends, out, normaliser)
+
+
+def _backward(block, kept, slope):
+    q, k, v, ends, out, normaliser = kept
+    pairs, needed = _visible_blocks(ends, block)
+    size = block * (q.shape[2] // ends.shape[1])
+    inner = jnp.sum(slope.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+
+    def body(n, state):
+        at, key = pairs[n] * jnp.array([size, block])
+        mine, my_slope, my_normaliser, my_inner = (_cut(x, at, size, 2) for x in (q, slope, normaliser, inner))
+        weights = jnp.exp(_scores(q, k, ends, *pairs[n], block) - my_normaliser)
+        by_weights = _dot("BKMN,BKSN->BKMS", my_slope, _cut(v, key, block, 2))
+        by_scores = (weights * (by_weights - my_inner)).astype(q.dtype)
+        parts = (
+            (_dot("BKMS,BKNS->BKMN", by_scores, _cut(k, key, block, 3)), at, 2),
+            # Both as [N, S]: for [S, N], XLA's CPU backend would transpose the weights, which takes thrice as long.
+            (_dot("BKMN,BKMS->BKNS", mine, by_scores), key, 3),
+            (_dot("BKMN,BKMS->BKNS", my_slope, weights.astype(slope.dtype)), key, 3),
+        )
+        return tuple(
+            _put(x, _cut(x, start, part.shape[axis], axis) + part, start, axis)
+            for x, (part, start, axis) in zip(state, parts, strict=True)
+        )
+
+    by_q, by_k, by_v = jax.lax.fori_loop(0, needed, body, tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, k)))
+    return by_q.astype(q.dtype), by_k.astype(k.dtype), by_v.swapaxes(2, 3).astype(v.dtype), None
+
+
+_blockwise.defvjp(_forward, _backward)
+
+
+def _visible_blocks(ends: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """(block of queries, block of keys) of all pairs on or below the diagonal, those that any row needs first.
+
+    Returns:
+      int32 [pairs, 2], and how many of them are needed, int32.
+    """
+    count = ends.shape[1] // block
+    pairs = jnp.stack(jnp.tril_indices(count), axis=1).astype(jnp.int32)
+    last = ends.reshape(-1, count, block).max(axis=(0, 2))  # [count], one past the last query that sees any key
+    needed = last[pairs[:, 1]] > pairs[:, 0] * block
+    return pairs[jnp.flatnonzero(needed, size=len(pairs))], needed.sum()
+
+
+def _scores(q, k, ends, i, j, block):
+    """float32 [B, K, block * G, block] of the i-th block of queries and the j-th of keys, MASKED where not visible."""
+    rows, kv_heads = k.shape[:2]
+    size = block * (q.shape[2] // ends.shape[1])
+    scores = _dot("BKMN,BKNS->BKMS", _cut(q, i * size, size, 2), _cut(k, j * block, block, 3))
+    query, key = (x * block + jnp.arange(block) for x in (i, j))
+    visible = (key <= query[:, None]) & (query[:, None] < _cut(ends, j * block, block, 1)[:, None])  # [B, query, key]
+    scores = scores.reshape(rows, kv_heads, block, -1, block)
+    return jnp.where(visible[:, None, :, None], scores, MASKED).reshape(rows, kv_heads, size, block)

@@ -1,0 +1,239 @@
+"""Benches of the update: trees laid out once against their attempts one by one, and the share of the matmul peak.
+
+FLOPs are counted as 6 per parameter and token, without the lookup in the embedding (the output head counts), and 12 per
+visible pair of query and key, layer and unit of width H * N. Causal attention is thus counted halved, and of a tree only
+its ancestors. What is computed beyond that (masked halves of blocks, scores again in the backward pass) is not counted.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from elpo_jax.model.config import ModelConfig, count_params
+from elpo_jax.policy.batch import Batch, Example, normalise, pack, policy_examples, stack
+from elpo_jax.policy.credit import assign
+from elpo_jax.policy.loss import make_loss
+from elpo_jax.policy.recipes import elpo
+from elpo_jax.tasks.base import Task
+from elpo_jax.tools.base import Status, ToolCall, ToolResult
+from elpo_jax.train.mesh import ROWS, MeshConfig, make_mesh
+from elpo_jax.train.state import init_state
+from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
+from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory
+from elpo_jax.trees.tree import Leaf, RolloutTree
+from experiments.measure import MODELS, TINY, Settings, Side, compare
+
+SMALL = MODELS["3M"]
+MEDIUM = ModelConfig(vocab_size=32000, d_model=512, layers=8, heads=8, kv_heads=4, head_dim=64, d_ff=1536, qk_norm=True)
+SCALARS = {name: np.float32(x) for name, x in (elpo().scalars() | {"temperature": 1.0}).items()}
+PEAK_SIZE = 2048  # of the square float32 matrices whose product is the peak
+
+
+def bench_tree(settings: Settings) -> Iterator[dict]:
+    """Attempts per second of the update on ELPO trees of three levels: every token once, or once per attempt.
+
+    `token_ratio` is how many tokens the attempts have per token of the trees, `efficiency` the speed-up divided by it;
+    `temp_mb` is the working memory of a micro-batch's gradient.
+    """
+    shapes = {"S": (SMALL, 256, 8, 48), "M": (MEDIUM, 64, 8, 24)}
+    if settings.quick:
+        shapes = {"tiny": (TINY, 16, 4, 8)}
+    for name, (config, prompt, steps, size) in shapes.items():
+        trees = [_tree(np.random.default_rng((settings.seed, i)), prompt, steps, size) for i in range(2)]
+        groups = [policy_examples(tree, assign(tree, elpo())) for tree in trees]
+        examples = normalise([e for group in groups for e in group], elpo(), 1.0)
+        longest = max(len(e.tokens) for e in examples)
+        # A row per tree: rows are split over devices.
+        whole = max(int((pack(group, 10**5).positions >= 0).sum()) for group in _by_task(examples, groups))
+        sides = {
+            "each token once": stack(pack(examples, whole), len(trees)),
+            "each attempt alone": stack(pack(examples, longest, share=False), 16),
+        }
+        tokens = {side: int((batch.positions >= 0).sum()) for side, batch in sides.items()}
+        run, memory = _updates(config, settings)
+        line = compare(
+            settings,
+            "tree",
+            f"{name}, 2 trees of {len(groups[0])} attempts of {longest} tokens, {steps} steps",
+            *(Side(side, lambda b=batch: run(b) and len(examples)) for side, batch in sides.items()),
+            unit="attempts/s",
+        )
+        ratio = tokens["each attempt alone"] / tokens["each token once"]
+        yield line | {
+            "token_ratio": round(ratio, 3),
+            "efficiency": round(line["ratio"] / ratio, 3),
+            "temp_mb": {side: round(memory(batch) / 1e6, 1) for side, batch in sides.items()},
+        }
+
+
+def bench_update(settings: Settings) -> Iterator[dict]:
+    """GFLOP/s of the update on full rows, against the machine's float32 matmul and, where it is installed, torch."""
+    shapes = {"S": (SMALL, 16, 256), "M": (MEDIUM, 8, 256)}
+    if settings.quick:
+        shapes = {"tiny": (TINY, 4, 64)}
+    for name, (config, rows, length) in shapes.items():
+        rng = np.random.default_rng(settings.seed)
+        batch = stack(pack([_chain(rng, config.vocab_size, length) for _ in range(rows)], length), rows)
+        work = flops(config, batch) / 1e9
+        peak = Side(f"float32 matmul {PEAK_SIZE}^3", _matmul())
+        sides = []
+        for dtype in ("float32", "bfloat16"):
+            run, _ = _updates(config.__class__(**{**vars(config), "dtype": dtype}), settings)
+            sides.append(Side(f"update in {dtype}", lambda run=run, work=work: run(batch) and work))
+        if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+            sides.append(Side("transformers in float32", _torch(config, batch, work)))
+        for side in sides:
+            yield compare(settings, "update", f"{name}, {rows} rows of {length} tokens", side, peak, unit="GFLOP/s")
+        if len(sides) > 2:
+            case = f"{name}, {rows} rows of {length} tokens"
+            yield compare(settings, "update", case, sides[0], sides[2], unit="GFLOP/s")
+
+
+def flops(config: ModelConfig, batch: Batch) -> float:
+    """Operations of a forward and backward pass over a batch [M, B, T], counted as the module says."""
+    tokens = float((batch.positions >= 0).sum())
+    pairs = float((batch.positions[batch.positions >= 0] + 1).sum())  # a token sees itself and its ancestors
+    lookup = 0 if config.tied else config.vocab_size * config.d_model
+    return 6 * (count_params(config) - lookup) * tokens + 12 * config.layers * config.heads * config.head_dim * pairs
+
+
+def _updates(config: ModelConfig, settings: Settings) -> tuple[Callable[[Batch], bool], Callable[[Batch], int]]:
+    """A function that makes one update, and one that says how many bytes a micro-batch's gradient needs to work in."""
+    mesh, loss = make_mesh(MeshConfig()), make_loss(config)
+    optimizer = make_optimizer(OptimizerConfig(), total_steps=1000)
+    state = init_state(config, optimizer, jax.random.key(settings.seed), mesh)
+    step = make_train_step(loss, optimizer, mesh)
+
+    def run(batch: Batch) -> bool:
+        nonlocal state
+        state, metrics = step(state, batch, SCALARS)
+        jax.block_until_ready(metrics)
+        return True
+
+    def memory(batch: Batch) -> int:
+        micro = jax.tree.map(lambda x: x[0], batch)
+        gradient = jax.jit(jax.grad(loss, has_aux=True))
+        return gradient.lower(state.params, micro, SCALARS).compile().memory_analysis().temp_size_in_bytes
+
+    return run, memory
+
+
+def _matmul() -> Callable[[], float]:
+    """The product of two square matrices on all devices; returns GFLOP."""
+    mesh = make_mesh(MeshConfig())
+    x = jax.random.normal(jax.random.key(0), (PEAK_SIZE, PEAK_SIZE), jnp.float32)
+    rows, whole = (
+        jax.device_put(x, NamedSharding(mesh, PartitionSpec(ROWS))),
+        jax.device_put(x, NamedSharding(mesh, PartitionSpec())),
+    )
+    product = jax.jit(jnp.matmul)
+
+    def work() -> float:
+        for _ in range(4):
+            product(rows, whole).block_until_ready()
+        return 4 * 2 * PEAK_SIZE**3 / 1e9
+
+    return work
+
+
+def _torch(config: ModelConfig, batch: Batch, work: float) -> Callable[[], float]:
+    """The same update of a Qwen3 of the same shape by transformers and torch, in float32 on the CPU."""
+    # By name: the project itself does without them, and so do its imports.
+    torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
+    model = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.d_ff,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            tie_word_embeddings=config.tied,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.tensor(batch.tokens.reshape(-1, batch.tokens.shape[-1]), dtype=torch.long)
+
+    def run() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return work
+
+    return run
+
+
+def _chain(rng: np.random.Generator, vocabulary: int, length: int) -> Example:
+    """A trajectory of random tokens: a prompt, then one step."""
+    steps = (np.arange(length) >= length // 4).astype(np.int32)
+    advantage = np.full(length, rng.choice([-1.0, 1.0]), np.float32)
+    return Example(
+        task="bench",
+        tokens=rng.integers(0, vocabulary, length).astype(np.int32),
+        steps=steps,
+        first_failure=0,
+        behaviour_logp=np.full(length, -np.log(vocabulary), np.float32),
+        branch=advantage,
+        trajectory=advantage,
+        leaves=np.ones(length, np.int32),
+        weight=(steps / length).astype(np.float32),
+    )
+
+
+def _tree(rng: np.random.Generator, prompt: int, steps: int, size: int) -> RolloutTree:
+    """A tree as two binary searches grow it, one of a root and one of a continuation: 4 roots, 16 attempts.
+
+    A search of `steps` steps probes the middle, then the middle of a half, and so on, two continuations each; every
+    attempt has all steps, each of `size` tokens, two thirds the model's.
+    """
+    leaves: list[Leaf] = []
+    task = Task(id="bench/0", uid=0, family="bench", prompt="", answer="", max_steps=steps, difficulty=0, meta={})
+
+    def tokens(author: Author, length: int) -> Segment:
+        ids = rng.integers(0, 512, length).astype(np.int32)
+        if author is Author.ENVIRONMENT:
+            return Segment(author, ids)
+        return Segment(author, ids, rng.normal(-6, 0.1, length).astype(np.float32), np.ones(length, np.float32))
+
+    first = tokens(Author.ENVIRONMENT, prompt)
+
+    def attempt(parent: int | None = None, anchor: int = 0) -> int:
+        done = [] if parent is None else list(leaves[parent].trajectory.steps[:anchor])
+        call, result = ToolCall("bench", {}), ToolResult(Status.OK, "")
+        while len(done) < steps - 1:
+            done.append(Step(tokens(Author.MODEL, 2 * size // 3), call, result, tokens(Author.ENVIRONMENT, size // 3)))
+        done.append(Step(tokens(Author.MODEL, size)))
+        success = bool(len(leaves) % 3 == 2)
+        trajectory = Trajectory(first, tuple(done), Finish.ANSWER, success, float(success))
+        leaves.append(Leaf(trajectory, parent, anchor))
+        return len(leaves) - 1
+
+    def search(leaf: int, low: int) -> int:
+        """Halves (low, steps) until a single step is left; returns the last continuation."""
+        last, high = leaf, steps
+        while high - low > 1:
+            middle = (low + high) // 2
+            last = [attempt(leaf, middle) for _ in range(2)][-1]
+            low, high = (middle, high) if middle % 2 else (low, middle)
+        return last
+
+    for _ in range(4):
+        attempt()
+    deeper = search(0, 0)
+    search(deeper, leaves[deeper].anchor)
+    while len(leaves) < 16:
+        search(len(leaves) % 4, 0)
+    return RolloutTree(task, tuple(leaves[:16]))
+
+
+def _by_task(examples, groups):
+    start = 0
+    for group in groups:
+        yield examples[start : start + len(group)]
+        start += len(group)

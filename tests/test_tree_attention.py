@@ -1,0 +1,119 @@
+"""Attention over trees against float64 NumPy, forward and backward, and what is kept for the backward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_model
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elpo_jax.model import tree_attention
+from elpo_jax.model.tree_attention import attend
+
+
+def random_ends(rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
+    """Rows of several random trees in depth-first order, and of padding behind them."""
+    ends = np.zeros((rows, length), np.int32)
+
+    def grow(row: int, start: int, stop: int) -> None:
+        """A chain from `start`, behind which the columns up to `stop` are split among its branches."""
+        trunk = int(rng.integers(1, stop - start + 1))
+        ends[row, start : start + trunk] = stop
+        start += trunk
+        while start < stop:
+            branch = int(rng.integers(1, stop - start + 1))
+            grow(row, start, start + branch)
+            start += branch
+
+    for row in range(rows):
+        start, used = 0, int(rng.integers(0, length + 1))
+        while start < used:
+            tree = int(rng.integers(1, used - start + 1))
+            grow(row, start, start + tree)
+            start += tree
+    return ends
+
+
+def random_inputs(rng, rows, tokens, heads, kv_heads, width):
+    """q, k and v as `attend` takes them, and a gradient by the output."""
+    shapes = (rows, tokens, heads, width), (rows, kv_heads, width, tokens), (rows, kv_heads, tokens, width)
+    return [rng.normal(size=shape).astype(np.float32) for shape in (*shapes, shapes[0])]
+
+
+@jax.jit
+def with_gradient(q, k, v, slope, ends):
+    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, ends), q, k, v)
+    return out, *pull(slope)
+
+
+def reference(q, k, v, slope, ends):
+    """The same in float64, head by head; of the gradients by k and v the sums over a group's heads."""
+    results = [np.zeros(x.shape) for x in (q, q, k, v)]
+    rows, _, heads, _ = q.shape
+    for row in range(rows):
+        for head in range(heads):
+            shared = head // (heads // k.shape[1])
+            one = (x.astype(np.float64) for x in (q[row, :, head], k[row, shared].T, v[row, shared]))
+            parts = numpy_model.tree_attention(*one, ends[row], slope[row, :, head].astype(np.float64))
+            results[0][row, :, head], results[1][row, :, head] = parts[:2]
+            results[2][row, shared] += parts[2].T
+            results[3][row, shared] += parts[3]
+    return results
+
+
+def close(ours, theirs):
+    for mine, exact in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, exact, rtol=1e-5, atol=5e-6)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from([(1, 1), (7, 4), (16, 16), (33, 16), (50, 7)]))
+def test_any_trees_equal_float64_numpy(seed, shape):
+    """Lengths that the block does and does not divide; one row's blocks are another's gaps."""
+    rng = np.random.default_rng(seed)
+    (tokens, block), rows = shape, int(rng.integers(1, 4))
+    ends, inputs = random_ends(rng, rows, tokens), random_inputs(rng, rows, tokens, 4, 2, 8)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tree_attention, "BLOCK", block)
+        with_gradient.clear_cache()
+        close(with_gradient(*inputs, ends), reference(*inputs, ends))
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (6, 2), (3, 1)])
+def test_groups_of_heads_and_the_length_of_real_blocks(heads, kv_heads):
+    rng = np.random.default_rng(heads)
+    ends, inputs = random_ends(rng, 2, 300), random_inputs(rng, 2, 300, heads, kv_heads, 4)
+    close(with_gradient(*inputs, ends), reference(*inputs, ends))
+
+
+def test_queries_that_see_nothing_give_zero_and_take_no_gradient():
+    inputs = random_inputs(np.random.default_rng(0), 2, 40, 2, 1, 8)
+    ends = np.stack([np.zeros(40, np.int32), np.where(np.arange(40) < 10, 10, 0).astype(np.int32)])
+    out, *gradients = with_gradient(*inputs, ends)
+    assert not np.any(out[0]) and not np.any(out[1, 10:]) and np.all(np.any(out[1, :10], axis=(1, 2)))
+    assert all(np.isfinite(g).all() and not np.any(g[0]) for g in gradients)
+
+
+def test_blocks_that_nobody_sees_are_not_computed():
+    """A trunk of one block and six branches of one block each: every branch meets the trunk and itself."""
+    ends = np.concatenate([np.full(16, 112), 16 * np.repeat(np.arange(2, 8), 16)])[None].astype(np.int32)
+    pairs, needed = tree_attention._visible_blocks(ends, 16)
+    found = {tuple(pair) for pair in np.asarray(pairs)[: int(needed)].tolist()}
+    assert found == {(i, 0) for i in range(7)} | {(i, i) for i in range(7)}
+    # What another row needs is computed for both; padding needs nothing.
+    chain = np.where(np.arange(112) < 48, 48, 0)[None].astype(np.int32)
+    _, alone = tree_attention._visible_blocks(chain, 16)
+    _, both = tree_attention._visible_blocks(np.concatenate([ends, chain]), 16)
+    assert (int(alone), int(both)) == (6, 13 + 1)
+
+
+def test_the_backward_pass_holds_no_scores():
+    rows, tokens, heads, width = 2, 2048, 4, 16
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in random_inputs(np.random.default_rng(0), 2, 8, 4, 2, 16)]
+    shapes = [jax.ShapeDtypeStruct([tokens if n == 8 else n for n in x.shape], x.dtype) for x in shapes]
+    ends = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+    compiled = with_gradient.lower(*shapes, ends).compile()
+    activations = 4 * rows * heads * tokens * width
+    scores = 4 * rows * heads * tokens * tokens
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * activations < scores / 4
