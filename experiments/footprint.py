@@ -16,13 +16,14 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from elpo_jax.config import Config
 from elpo_jax.model.cache import new_cache
 from elpo_jax.model.config import ModelConfig
+from elpo_jax.model.logprob import chunk_columns
 from elpo_jax.model.transformer import init
 from elpo_jax.rollout.decode import cache_sharding, row_axes
 from elpo_jax.train.mesh import AXES, row_parts, shardings
 from elpo_jax.train.state import TrainState
 from elpo_jax.train.step import Optimizer, make_optimizer
 
-# Passes over the attention scores of a layer in one update: 4 forward, 4 again with remat, 6 backward.
+# Passes over the attention scores of a layer in one update: 4 forward, 4 again with either remat, 6 backward.
 _FORWARD_PASSES, _BACKWARD_PASSES = 4, 6
 
 
@@ -158,26 +159,33 @@ def update(config: Config, mesh: Mesh | AbstractMesh, micro: int) -> Phase:
     split = _split(model, mesh)
     rows = -(-config.rl.micro_rows // row_parts(mesh))
     weights, area, element = layer_weights(model), causal_area(tokens), jnp.dtype(model.dtype).itemsize
-    passes = 3 + model.remat
-    # With remat all is computed again but the last product, whose result nobody needs.
-    per_token = model.layers * 2 * (passes * weights - model.remat * model.d_model * model.d_ff)
-    scores = 4 * model.heads * model.head_dim * area * passes * model.layers
-    chunk, columns = _chunks(tokens)
-    # Logits are computed again too, unless they come in one piece, where XLA sees that it has them.
-    head = (4 if columns > chunk else 3) * 2 * model.d_model * model.vocab_size * columns
+    again, all_again = model.remat != "none", model.remat == "full"
+    passes = 3 + all_again
+    # With full remat all is computed again but the last product, whose result nobody needs.
+    per_token = model.layers * 2 * (passes * weights - all_again * model.d_model * model.d_ff)
+    scores = 4 * model.heads * model.head_dim * area * (3 + again) * model.layers
+    chunk = chunk_columns(rows, tokens, parts=1)
+    columns = -(-tokens // chunk) * chunk
+    head = 3 * 2 * model.d_model * model.vocab_size * columns
     flops = micro * rows * (tokens * per_token + head + scores) / split.tensor
 
     local = bytes_per_device(abstract_state(config, mesh).params)
     kept = rows * model.heads / split.heads * area  # scores of a layer
     wide = rows * tokens * (6 * model.d_model + (4 * model.d_ff + 3 * _attention_width(model)) / split.tensor)
-    score_passes = _FORWARD_PASSES * (1 + model.remat) + _BACKWARD_PASSES
+    score_passes = _FORWARD_PASSES * (1 + again) + _BACKWARD_PASSES
     layer_traffic = kept * score_passes * 4 + (wide * element + weights / split.tensor * element) * passes
     traffic = micro * model.layers * layer_traffic + 9 * local  # gradients, parameters and both moments
 
     # What a layer keeps for its backward pass: weights of the attention before and after the cast, and activations.
     layer = kept * (4 + (element if element < 4 else 0)) + wide * element
     block = rows * model.heads / split.heads * max(64, -(-tokens // 8)) * tokens * 4
-    saved = model.layers * rows * tokens * model.d_model * element + layer if model.remat else model.layers * layer
+    inputs = rows * tokens * model.d_model * element
+    results = model.d_model + (model.heads + 2 * model.kv_heads) * model.head_dim + model.d_model + 2 * model.d_ff
+    saved = {
+        "none": model.layers * layer,
+        "dots": model.layers * (inputs + rows * tokens * results * element / split.tensor) + layer,
+        "full": model.layers * inputs + layer,
+    }[model.remat]
     logits = rows * chunk * model.vocab_size / split.tensor * 4
     matrices = weights / split.tensor * (element + 4)  # one layer gathered, and its gradient before it is scattered
     working = saved + 3 * block + rows * tokens**2 + 3 * logits + matrices + 2 * local
@@ -233,12 +241,6 @@ def prefill_shape(config: Config, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
 
 def _attention_width(model: ModelConfig) -> int:
     return (model.heads + model.kv_heads) * model.head_dim
-
-
-def _chunks(tokens: int, chunk: int = 128) -> tuple[int, int]:
-    """Columns whose logits exist at once, and all columns with their padding (model/logprob.py)."""
-    chunk = min(chunk, tokens)
-    return chunk, -(-tokens // chunk) * chunk
 
 
 class _Split(NamedTuple):

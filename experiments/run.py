@@ -433,7 +433,9 @@ def main(arguments: list[str] | None = None) -> int:
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)
         if not jax.config.jax_compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        # Whatever its size and time: a run has dozens of small programs, whose compile times add up.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         show(run(config, workdir, options.resume))
     except (ConfigError, CheckpointError, InfrastructureError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -70,7 +70,7 @@ def test_packing_loses_and_mixes_nothing(seed, count, length):
         np.testing.assert_array_equal(batch.first_failure[row, where], reached(example))
     assert not found
     padding = batch.ends == 0
-    blanks = {"tokens": 0, "positions": -1, "previous": 0, "steps": 0, "first_failure": 0, "leaves": 0, "weight": 0}
+    blanks = {"tokens": 0, "positions": -1, "previous": -1, "steps": 0, "first_failure": 0, "leaves": 0, "weight": 0}
     for name, blank in blanks.items():
         assert np.all(getattr(batch, name)[padding] == blank)
     again = pack(examples, length)
@@ -212,7 +212,7 @@ def test_a_tree_by_hand():
     np.testing.assert_array_equal(row.tokens[:14], [*one, *three[8:], *two[3:]])
     np.testing.assert_array_equal(row.ends, [14] * 3 + [12] * 5 + [10] * 2 + [12] * 2 + [14] * 2 + [19] * 5 + [0] * 5)
     np.testing.assert_array_equal(row.positions[:14], [*range(10), 8, 9, 3, 4])
-    np.testing.assert_array_equal(row.previous[:14], [0, *range(9), 7, 10, 2, 12])
+    np.testing.assert_array_equal(row.previous[:14], [-1, *range(9), 7, 10, 2, 12])
     # Both failed attempts went wrong at the step that they share.
     np.testing.assert_array_equal(row.steps[:14], [0, 0, 0, 1, 1, 0, 0, 0, 2, 2, 2, 2, 1, 1])
     np.testing.assert_array_equal(row.first_failure[:14], [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0])

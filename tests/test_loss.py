@@ -152,7 +152,7 @@ def row(steps, first_failure, ratios, advantage) -> tuple[np.ndarray, Batch]:
         tokens=np.zeros_like(steps),
         positions=np.arange(steps.size, dtype=np.int32)[None],
         ends=np.full_like(steps, steps.size),
-        previous=np.maximum(np.arange(steps.size, dtype=np.int32) - 1, 0)[None],
+        previous=np.arange(-1, steps.size - 1, dtype=np.int32)[None],
         steps=steps,
         first_failure=np.full_like(steps, first_failure),
         behaviour_logp=behaviour,

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from elpo_jax.model.cache import fork, new_cache
 from elpo_jax.model.config import ModelConfig, RopeScaling, config_from_json, count_params
-from elpo_jax.model.logprob import logprob_and_entropy, token_logprobs
-from elpo_jax.model.transformer import apply, init, unembed
+from elpo_jax.model.logprob import logprob_and_entropy, summed_loss, token_logprobs
+from elpo_jax.model.transformer import apply, dense, init, unembed
 
 BASE = ModelConfig(vocab_size=61, d_model=24, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=40)
 FULL = dataclasses.replace(BASE, qk_norm=True, qkv_bias=True, tied=False)
@@ -71,7 +71,16 @@ def test_forward_equals_float64_numpy(qk_norm, qkv_bias, tied):
 
 @pytest.mark.parametrize(
     "change",
-    [{"kv_heads": 1}, {"kv_heads": 4}, {"rope_theta": 5e5}, {"norm_eps": 1e-2}, {"remat": True}, {"head_dim": 2}],
+    [
+        {"kv_heads": 1},
+        {"kv_heads": 4},
+        {"rope_theta": 5e5},
+        {"norm_eps": 1e-2},
+        {"remat": "full"},
+        {"remat": "dots"},
+        {"scan_layers": True},
+        {"head_dim": 2},
+    ],
 )
 def test_every_other_option_equals_float64_numpy(change):
     config = dataclasses.replace(FULL, **change)
@@ -117,6 +126,75 @@ def test_gradient_of_the_logprobs_equals_finite_differences():
 
         slope = (moved(1) - moved(-1)) / 2e-5
         assert np.vdot(g, direction) == pytest.approx(slope, rel=1e-3, abs=2e-4), jax.tree_util.keystr(path)
+
+
+def tree_columns():
+    """Rows of seven tokens: one is a sequence; in the other 1 and 3 both follow 0, 5 follows 3, and 6 begins anew."""
+    return np.array([[-1, 0, 1, 2, 3, 4, 5], [-1, 0, 1, 0, 3, 3, -1]], np.int32)
+
+
+def full_logprobs(config, params, hidden, tokens, previous, temperature):
+    """By plain indexing and all logits at once."""
+    before = jnp.stack([h[p] for h, p in zip(hidden, np.maximum(previous, 0), strict=True)])
+    head = params["embed"].T if config.tied else params["head"]
+    scaled = jax.nn.log_softmax(before @ head / temperature)
+    return jnp.stack([row[np.arange(7), ids] for row, ids in zip(scaled, tokens, strict=True)])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, None])
+def test_a_token_can_follow_any_column_of_its_row(chunk):
+    params, tokens, previous = parameters(FULL), random_tokens(2, 7), tree_columns()
+    hidden = np.random.default_rng(6).normal(size=(2, 7, FULL.d_model)).astype(np.float32)
+    logp, entropy = token_logprobs(FULL, params, hidden, tokens, 0.6, previous, chunk)
+    expected = full_logprobs(FULL, params, hidden, tokens, previous, 0.6)
+    close(logp, np.where(previous >= 0, expected, 0.0))
+    assert not np.any(entropy[previous < 0]) and np.all(entropy[previous >= 0] > 0)
+    sequence, _ = token_logprobs(FULL, params, hidden, tokens, 0.6, chunk=chunk)
+    np.testing.assert_array_equal(sequence[0], logp[0])
+    with pytest.raises(ValueError, match="previous must be"):
+        token_logprobs(FULL, params, hidden, tokens, 0.6, previous[:1])
+
+
+def curved(logp, entropy, batch, scalars):
+    """A loss whose gradient depends on the value."""
+    ratio = jnp.exp(logp - batch["old"])
+    loss = jnp.sum(batch["weight"] * jnp.minimum(ratio, scalars["high"] * batch["old"] ** 2))
+    return loss, {"entropy": entropy.sum(), "ratio_max": jnp.max(jnp.where(batch["weight"] == 0, 0.0, ratio))}
+
+
+@pytest.mark.parametrize("config", [BASE, FULL], ids=["tied", "untied"])
+@pytest.mark.parametrize("chunk", [1, 3, None])
+@pytest.mark.parametrize("previous", [None, tree_columns()], ids=["sequences", "tree"])
+def test_a_summed_loss_equals_autodiff_of_all_logits(config, chunk, previous):
+    """Value, metrics and every gradient, with a factor behind the loss."""
+    rng = np.random.default_rng(7)
+    params, tokens = parameters(config), random_tokens(2, 7)
+    hidden = rng.normal(size=(2, 7, config.d_model)).astype(np.float32)
+    columns = np.broadcast_to(np.arange(-1, 6), (2, 7)) if previous is None else previous
+    batch = {"old": rng.normal(size=(2, 7)) - 3, "weight": rng.normal(size=(2, 7)) * (columns >= 0)}
+    batch = {name: x.astype(np.float32) for name, x in batch.items()}
+    scalars = {"high": np.float32(0.1)}
+
+    def whole(params, hidden):
+        logp = full_logprobs(config, params, hidden, tokens, columns, 0.7)
+        return 3 * curved(logp, logp, batch, scalars)[0]
+
+    def fused(params, hidden):
+        out = summed_loss(curved, config, params, hidden, tokens, 0.7, batch, scalars, previous, chunk)
+        return 3 * out[0], out[1]
+
+    value, wanted = jax.value_and_grad(whole, (0, 1))(params, hidden)
+    (loss, metrics), gradient = jax.jit(jax.value_and_grad(fused, (0, 1), has_aux=True))(params, hidden)
+    close(loss, value)
+    jax.tree.map(close_gradient, gradient, wanted)
+    assert sum(np.any(g) for g in jax.tree.leaves(gradient)) == 2, "the head and the hidden states"
+    assert not np.any(wanted[1][0][6]), "nothing follows the last token"
+    logp, entropy = token_logprobs(config, params, hidden, tokens, 0.7, previous)
+    close(metrics["entropy"], entropy.sum())
+    close(metrics["ratio_max"], np.exp(logp - batch["old"])[columns >= 0].max())
+    without, same = fused(params, hidden)
+    close(without, value)
+    jax.tree.map(close, same, metrics)
 
 
 def test_entropy_carries_no_gradient_and_extreme_logits_stay_finite():
@@ -286,18 +364,32 @@ def test_initial_scales():
     assert np.all(block["attn_norm"] == 1) and not np.allclose(block["attn"]["q"], params["layers_0"]["attn"]["q"])
 
 
-def test_remat_changes_neither_names_nor_gradients():
-    remat = dataclasses.replace(FULL, remat=True)
+@pytest.mark.parametrize(
+    "change", [{"remat": "full"}, {"remat": "dots"}, {"scan_layers": True}, {"scan_layers": True, "remat": "full"}]
+)
+def test_neither_remat_nor_the_loop_over_layers_changes_names_or_gradients(change):
+    other = dataclasses.replace(FULL, **change)
     params = parameters(FULL)
-    jax.tree.map(np.testing.assert_array_equal, params, parameters(remat))
+    jax.tree.map(np.testing.assert_array_equal, params, parameters(other))
     tokens = random_tokens(2, 8)
     target = np.random.default_rng(5).normal(size=(2, 8, FULL.d_model))
 
     def gradient(config):
         return jax.jit(jax.grad(lambda p: jnp.sum(apply(config, p, tokens, count_up(2, 8))[0] * target)))
 
-    assert "remat" in str(jax.make_jaxpr(gradient(remat))(params))
-    jax.tree.map(close_gradient, gradient(FULL)(params), gradient(remat)(params))
+    assert ("remat" in str(jax.make_jaxpr(gradient(other))(params))) == ("remat" in change)
+    jax.tree.map(close_gradient, gradient(FULL)(params), gradient(other)(params))
+
+
+def test_the_loop_over_layers_is_as_long_to_compile_whatever_their_number():
+    def size(layers, **change):
+        config = dataclasses.replace(BASE, layers=layers, **change)
+        params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+        traced = jax.make_jaxpr(jax.grad(lambda p: apply(config, p, count_up(1, 8), count_up(1, 8))[0].sum()))(params)
+        return str(traced).count("dot_general")
+
+    assert size(6) == 3 * size(2) > 3 * size(2, scan_layers=True) // 2
+    assert size(6, scan_layers=True) == size(2, scan_layers=True)
 
 
 def test_bfloat16_runs_and_stays_close():
@@ -322,6 +414,41 @@ def test_bfloat16_runs_and_stays_close():
     half = dataclasses.replace(config, param_dtype="bfloat16")
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(parameters(half)))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(parameters(config)))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_products_in_bfloat16_round_only_their_operands_and_results(axis):
+    """Against float64: the parameter's gradient is not rounded at all, everything else once."""
+    rng = np.random.default_rng(8)
+    x, slope = (jnp.asarray(rng.normal(size=(2, 30, n)), jnp.bfloat16) for n in (24, 40))
+    matrix = rng.normal(size=(24, 40)).astype(np.float32)
+    out, back = jax.vjp(lambda x, m: dense(x, m, "bfloat16", axis), x, matrix.T if axis else matrix)
+    of_x, of_matrix = back(slope)
+    assert (out.dtype, of_x.dtype, of_matrix.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    exact = [np.asarray(y, np.float64) for y in (x, slope, jnp.asarray(matrix, jnp.bfloat16))]
+    close(out, exact[0] @ exact[2], 2**-8)
+    close(of_x, exact[1] @ exact[2].T, 2**-8)
+    wanted = np.einsum("BTI,BTO->IO", *exact[:2])
+    close(of_matrix.T if axis else of_matrix, wanted)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other compilers do as they are told")
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_product_with_a_parameter_has_float32_operands_in_bfloat16(tied):
+    """Which XLA's CPU backend makes of products that it cannot do in bfloat16, at a multiple of the time."""
+    config = dataclasses.replace(BASE, vocab_size=96, d_model=64, d_ff=160, dtype="bfloat16", tied=tied)
+
+    def loss(params, tokens):
+        hidden, _ = apply(config, params, tokens, count_up(4, 32))
+        return summed_loss(lambda logp, *_: (logp.sum(), {}), config, params, hidden, tokens, 1.0, (), ())[0]
+
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((4, 32), jnp.int32)
+    text = jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text()
+    dtypes = dict(re.findall(r"%([\w.-]+) = (\w+)\[", text)) | dict(re.findall(r"([\w.-]+): (\w+)\[", text))
+    products = re.findall(r"= f32\[\d+,\d+\]\S* dot\(%([\w.-]+), %([\w.-]+)\)", text)  # attention has more axes
+    assert len(products) == 3 * (2 * 7 + 1)
+    assert {dtypes[name] for pair in products for name in pair} == {"bf16"}
 
 
 # What is compiled
@@ -406,6 +533,7 @@ def test_published_shapes_fit():
         ({"dtype": "float16"}, "model.dtype must be one of float32, bfloat16, not 'float16'"),
         ({"rope_theta": 0.0}, "model.rope_theta must be positive"),
         ({"norm_eps": float("inf")}, "model.norm_eps must be positive"),
+        ({"remat": True}, "model.remat must be one of none, dots, full, not True"),
     ],
 )
 def test_an_impossible_network_is_an_error_that_names_the_field(change, named):

@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_told_before_anything_is_read(published, tmp_path):
 
 
 def test_the_source_decides_the_network_and_the_config_how_it_computes(published):
-    start = [f"model.source={published}", "tokenizer.kind=checkpoint", "model.dtype=bfloat16", "model.remat=true"]
+    start = [f"model.source={published}", "tokenizer.kind=checkpoint", "model.dtype=bfloat16", "model.remat=full"]
     config = override(Config(), start)
     model = with_weights_shape(config).model
     assert (model.d_model, model.layers, model.dtype, model.param_dtype, model.remat) == (
@@ -147,7 +147,7 @@ def test_the_source_decides_the_network_and_the_config_how_it_computes(published
         2,
         "bfloat16",
         "float32",
-        True,
+        "full",
     )
     yarn = override(
         config,

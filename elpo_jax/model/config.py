@@ -7,6 +7,7 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16")
 ROPE_KINDS = ("none", "linear", "llama3", "yarn")
+REMAT = ("none", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +82,13 @@ class ModelConfig:
       qk_norm: RMSNorm of each query and key head before the rotation (Qwen3).
       qkv_bias: Biases on the query, key and value projections (Qwen2, Qwen2.5).
       tied: The embedding is also the output head.
-      dtype: Compute dtype of the blocks; norms, softmax and logits are always float32.
+      dtype: Of the operands of matrix products and of the activations between them; sums of products, norms, softmax
+        and logits are always float32.
       param_dtype: Dtype in which parameters are created and kept; bfloat16 is for inference, training refuses it.
-      remat: Recompute each block in the backward pass instead of keeping its activations.
+      remat: What each block computes again in the backward pass instead of keeping it: "none"; "dots", all but the
+        products with parameters; "full", everything but its input.
+      scan_layers: Training runs the layers as a loop over one compiled block: compiles faster, but copies the
+        parameters. Prefill and decode, whose caches are updated in place, do not.
       source: Folder of the weights to start from; "" for random ones.
 
     Raises:
@@ -104,7 +109,8 @@ class ModelConfig:
     tied: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
+    scan_layers: bool = False
     source: str = ""
     rope_scaling: RopeScaling = RopeScaling()
 
@@ -126,6 +132,8 @@ class ModelConfig:
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"model.{name} must be one of {', '.join(DTYPES)}, not {getattr(self, name)!r}")
+        if self.remat not in REMAT:
+            raise ValueError(f"model.remat must be one of {', '.join(REMAT)}, not {self.remat!r}")
 
 
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:

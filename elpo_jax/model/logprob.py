@@ -5,12 +5,20 @@ probability ratio at the first update is one up to rounding. Letters: B rows, T 
 """
 
 import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.transformer import Params, unembed
+
+SummedLoss = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+CHUNK_TOKENS = 1024  # with fewer the head's gradient, added up by the chunk, costs more than the products
+ROW_AXES = ("data", "fsdp")  # mesh axes that split the rows of a batch
 
 
 def logprob_and_entropy(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -42,12 +50,13 @@ def token_logprobs(
     tokens: jax.Array,
     temperature: jax.Array | float,
     previous: jax.Array | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of every token given what precedes it in its branch, aligned to the token itself.
 
-    The hidden state of the token before it predicts a token. The logits exist for [B, chunk, V] at a time and are
-    computed again in the backward pass, so memory does not grow with T * V.
+    Hidden state t-1 predicts token t, or the one that `previous` names. The logits exist for [B, chunk, V] at a time
+    and are computed again in the backward pass, so memory does not grow with T * V. A loss that is a sum over tokens
+    needs no second computation: `summed_loss`.
 
     Args:
       config: The network.
@@ -55,33 +64,151 @@ def token_logprobs(
       hidden: [B, T, D], from `apply`.
       tokens: int32 [B, T].
       temperature: Scalar > 0, traced; divides the logits exactly as it divided the sampler's.
-      previous: int32 [B, T], column of the token before each in its branch; None where each row is one sequence, so
-        that hidden state t-1 predicts token t.
-      chunk: Columns whose logits exist at once.
+      previous: int32 [B, T], column of the token before each one in its branch, -1 where there is none. None where it is
+        the column before.
+      chunk: Columns whose logits exist at once; None for about `CHUNK_TOKENS` tokens of a device.
 
     Returns:
-      logp and entropy, float32 [B, T], as in `logprob_and_entropy`; column 0 is 0. In a packed row the first token of
-      a tree gets a number that means nothing: leave it out of the loss.
+      logp and entropy, float32 [B, T], as in `logprob_and_entropy`; 0 where there is no token before: in column 0, and
+      where `previous` is -1.
+
+    Raises:
+      ValueError: If the shapes disagree.
     """
-    rows, length, width = hidden.shape
-    if tokens.shape != (rows, length):
-        raise ValueError(f"tokens must be [B, T] = {(rows, length)}, not {tokens.shape}")
+    one = jax.checkpoint(functools.partial(_logprobs, config), prevent_cse=False)
+    head, columns = _head(config, params), _aligned(hidden, tokens, previous)
+    parts = _split(columns, chunk or chunk_columns(*tokens.shape))
+    _, out = jax.lax.scan(lambda _, part: (None, one(head, part, temperature)), None, parts)
+    return _join(out, tokens.shape[1])
+
+
+def summed_loss(
+    fn: SummedLoss,
+    config: ModelConfig,
+    params: Params,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    temperature: jax.Array | float,
+    batch: Any,
+    scalars: Any,
+    previous: jax.Array | None = None,
+    chunk: int | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`fn(logp, entropy, batch, scalars)` of the token log-probabilities, for an `fn` that only sums over tokens.
+
+    A chunk of columns then says by itself what its gradient is, which is computed in the forward pass while its logits
+    are at hand: three products with the head instead of the four of `token_logprobs`. Without a gradient it is
+    `fn(*token_logprobs(...), batch, scalars)`.
+
+    Args:
+      fn: (logp, entropy, batch, scalars) -> (loss, metrics), a function without free variables that are traced. The
+        loss is a sum over tokens; so are the metrics, but those whose name ends in "_max", which are maxima.
+      config: As for `token_logprobs`, like all that is not named here.
+      params: The gradient is for the head, and through `hidden` for the rest.
+      hidden: [B, T, D].
+      tokens: int32 [B, T].
+      temperature: No gradient flows to it.
+      batch: Pytree of arrays [B, T, ...], cut into the same chunks. No gradient flows to it.
+      scalars: Pytree of what `fn` needs whole. No gradient flows to it.
+      previous: int32 [B, T] or None.
+      chunk: Columns.
+
+    Returns:
+      The loss, float32 [], and the metrics.
+    """
+    columns = _aligned(hidden, tokens, previous)
+    chunk = chunk or chunk_columns(*tokens.shape)
+    return _summed(fn, config, chunk, _head(config, params), columns, temperature, batch, scalars)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _summed(fn, config, chunk, head, columns, temperature, batch, scalars):
+    _, out = jax.lax.scan(
+        lambda _, part: (None, _logprobs(config, head, part, temperature)), None, _split(columns, chunk)
+    )
+    return fn(*_join(out, columns.tokens.shape[1]), batch, scalars)
+
+
+def _summed_forward(fn, config, chunk, head, columns, temperature, batch, scalars):
+    def loss(head, hidden, part, batch):
+        return fn(*_logprobs(config, head, part._replace(hidden=hidden), temperature), batch, scalars)
+
+    def step(total, xs):
+        part, batch = xs
+        out, (of_head, of_hidden) = jax.value_and_grad(loss, (0, 1), has_aux=True)(head, part.hidden, part, batch)
+        return jax.tree.map(jnp.add, total, of_head), (out, of_hidden)
+
+    start = jax.tree.map(jnp.zeros_like, head)
+    of_head, ((losses, metrics), of_hidden) = jax.lax.scan(step, start, _split((columns, batch), chunk))
+    metrics = {name: x.max(axis=0) if name.endswith("_max") else x.sum(axis=0) for name, x in metrics.items()}
+    return (losses.sum(), metrics), (of_head, _join(of_hidden, columns.tokens.shape[1]))
+
+
+def _summed_backward(fn, config, chunk, kept, slopes):
+    slope, _ = slopes
+    of_head, of_hidden = jax.tree.map(lambda x: (slope * x).astype(x.dtype), kept)
+    return of_head, _Columns(of_hidden, None, None), None, None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
+
+
+def chunk_columns(rows: int, length: int, parts: int | None = None) -> int:
+    """Columns of a chunk whose logits have about `CHUNK_TOKENS` tokens on each device.
+
+    Args:
+      rows: B, on all devices.
+      length: T.
+      parts: Into how many parts the rows are split; None for what the mesh in use says (`jax.set_mesh`).
+    """
+    if parts is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        parts = math.prod(mesh.shape[axis] for axis in ROW_AXES if axis in mesh.shape)
+    return min(length, max(32, CHUNK_TOKENS // -(-rows // parts)))
+
+
+class _Columns(NamedTuple):
+    """What predicts each token of a row, aligned to the token."""
+
+    hidden: jax.Array  # [B, T, D]
+    tokens: jax.Array  # int32 [B, T]
+    known: jax.Array  # bool [B, T], false where nothing precedes the token
+
+
+def _aligned(hidden: jax.Array, tokens: jax.Array, previous: jax.Array | None) -> _Columns:
+    if tokens.shape != hidden.shape[:2]:
+        raise ValueError(f"tokens must be [B, T] = {hidden.shape[:2]}, not {tokens.shape}")
     if previous is None:
-        hidden = jnp.roll(hidden, 1, axis=1)
-    else:  # several branches may begin behind one token: its state is read by each of them
-        hidden = jnp.take_along_axis(hidden, previous[..., None], axis=1)
-    chunk = min(chunk, length)
-    count = -(-length // chunk)
-    padding = ((0, 0), (0, count * chunk - length))
-    targets = jnp.pad(tokens, padding).reshape(rows, count, chunk).swapaxes(0, 1)
-    inputs = jnp.pad(hidden, (*padding, (0, 0))).reshape(rows, count, chunk, width).swapaxes(0, 1)
+        known = jnp.broadcast_to(jnp.arange(tokens.shape[1]) > 0, tokens.shape)
+        return _Columns(jnp.roll(hidden, 1, axis=1), tokens, known)
+    if previous.shape != tokens.shape:
+        raise ValueError(f"previous must be [B, T] like tokens, not {previous.shape} and {tokens.shape}")
+    return _Columns(jnp.take_along_axis(hidden, previous[..., None], axis=1, mode="clip"), tokens, previous >= 0)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(head, inputs, targets):
-        return logprob_and_entropy(unembed(config, head, inputs), targets, temperature)
 
+def _logprobs(config: ModelConfig, head: Params, columns: _Columns, temperature) -> tuple[jax.Array, jax.Array]:
+    logits = unembed(config, head, columns.hidden)
+    return jax.tree.map(
+        lambda x: jnp.where(columns.known, x, 0.0), logprob_and_entropy(logits, columns.tokens, temperature)
+    )
+
+
+def _head(config: ModelConfig, params: Params) -> Params:
     name = "embed" if config.tied else "head"
-    head = {name: params[name]}
-    _, outputs = jax.lax.scan(lambda carry, xs: (carry, one(head, *xs)), None, (inputs, targets))
-    logp, entropy = (x.swapaxes(0, 1).reshape(rows, count * chunk)[:, :length].at[:, 0].set(0.0) for x in outputs)
-    return logp, entropy
+    return {name: params[name]}
+
+
+def _split(tree: Any, chunk: int) -> Any:
+    """[B, T, ...] -> [n, B, chunk, ...], with zeros at the end: tokens that nothing precedes."""
+
+    def split(x):
+        count = -(-x.shape[1] // chunk)
+        x = jnp.pad(x, ((0, 0), (0, count * chunk - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(len(x), count, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def _join(tree: Any, length: int) -> Any:
+    """The inverse of `_split`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length], tree)

@@ -11,12 +11,15 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from elpo_jax.model import attention, tree_attention
 from elpo_jax.model.cache import Cache, LayerCache, cache_length, write
 from elpo_jax.model.config import ModelConfig
 
 Params = dict  # nested, of arrays in config.param_dtype
+
+DENSE = "dense"  # names the results of all products with a parameter in a block
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -73,9 +76,56 @@ def apply(
 
 
 def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """Logits, float32 [..., V], of hidden states [..., D]; the product itself is float32 under every compute dtype."""
-    head = params["embed"].T if config.tied else params["head"]
-    return hidden.astype(jnp.float32) @ head.astype(jnp.float32)
+    """Logits, float32 [..., V], of hidden states [..., D]: a product in the compute dtype, summed in float32.
+
+    The sampler and the trainer both call it, so what the compute dtype rounds is rounded alike in both.
+    """
+    head, axis = (params["embed"], 1) if config.tied else (params["head"], 0)
+    return dense(hidden.astype(config.dtype), head, "float32", axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def dense(x: jax.Array, matrix: jax.Array, dtype: str, axis: int = 0) -> jax.Array:
+    """x [..., in] times a parameter: operands in the dtype of `x`, sums in float32.
+
+    The parameter is cast here, and the gradient has products of its own: autodiff would make the operands of both
+    backward products float32, and would round the parameter's gradient to the compute dtype.
+
+    Args:
+      x: [..., in] in the compute dtype.
+      matrix: [in, out] in the dtype in which parameters are kept, which is also that of its gradient.
+      dtype: Of the result.
+      axis: Which axis of the matrix is `in`; with 1 it is [out, in].
+
+    Returns:
+      [..., out].
+    """
+    return _product(x, matrix.astype(x.dtype), axis).astype(dtype)
+
+
+def _dense_forward(x, matrix, dtype, axis):
+    return dense(x, matrix, dtype, axis), (x, matrix)
+
+
+def _dense_backward(dtype, axis, kept, slope):
+    x, matrix = kept
+    slope = slope.astype(x.dtype)
+    # Written without a transpose, and the second over all leading axes: XLA's CPU backend converts the operands of any
+    # other form to float32, which is several times slower, and refuses some.
+    of_x = _product(slope, matrix.astype(x.dtype), 1 - axis).astype(x.dtype)
+    pair, leading = ((x, slope), (slope, x))[axis], tuple(range(x.ndim - 1))
+    of_matrix = jax.lax.dot_general(*pair, ((leading, leading), ((), ())), preferred_element_type=jnp.float32)
+    return of_x, of_matrix.astype(matrix.dtype)
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _product(x: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+    """x [..., n] times an axis of a matrix, in float32; XLA's CPU products are half as fast with more axes than two."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = jax.lax.dot_general(rows, matrix, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+    return out.reshape(*x.shape[:-1], -1)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -86,9 +136,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def _matrix(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, int], scale: float = 1.0) -> jax.Array:
-    """Declares a matrix [in, out] and returns it in the compute dtype."""
+    """Declares a matrix [in, out]."""
     deviation = scale * shape[0] ** -0.5
-    return module.param(name, nn.initializers.normal(deviation), shape, config.param_dtype).astype(config.dtype)
+    return module.param(name, nn.initializers.normal(deviation), shape, config.param_dtype)
+
+
+def _dense(module: nn.Module, config: ModelConfig, name: str, x: jax.Array, out: int, scale: float = 1.0) -> jax.Array:
+    """Declares a matrix and multiplies x [..., in] by it; "dots" remat keeps the result."""
+    return checkpoint_name(dense(x, _matrix(module, config, name, (x.shape[-1], out), scale), config.dtype), DENSE)
 
 
 def _norm(module: nn.Module, config: ModelConfig, name: str, x: jax.Array) -> jax.Array:
@@ -111,7 +166,7 @@ class Attention(nn.Module):
         rows, tokens, _ = x.shape
 
         def project(name, heads):
-            y = x @ _matrix(self, config, name, (config.d_model, heads * config.head_dim))
+            y = _dense(self, config, name, x, heads * config.head_dim)
             if config.qkv_bias:
                 bias = self.param(f"{name}_bias", nn.initializers.zeros, (y.shape[-1],), config.param_dtype)
                 y += bias.astype(y.dtype)
@@ -127,8 +182,8 @@ class Attention(nn.Module):
             layer = write(layer, k, v, positions)
             out = attention.attend(q, layer.k, layer.v, sees)
         width = config.heads * config.head_dim
-        o = _matrix(self, config, "o", (width, config.d_model), (2 * config.layers) ** -0.5)
-        return out.reshape(rows, tokens, width) @ o, layer
+        out = out.reshape(rows, tokens, width)
+        return _dense(self, config, "o", out, config.d_model, (2 * config.layers) ** -0.5), layer
 
 
 class Mlp(nn.Module):
@@ -139,11 +194,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         config = self.config
-        shape, x = x.shape, x.reshape(-1, x.shape[-1])  # two axes: XLA's CPU products are half as fast with three
-        gate = x @ _matrix(self, config, "gate", (config.d_model, config.d_ff))
-        up = x @ _matrix(self, config, "up", (config.d_model, config.d_ff))
-        down = _matrix(self, config, "down", (config.d_ff, config.d_model), (2 * config.layers) ** -0.5)
-        return ((nn.silu(gate) * up) @ down).reshape(shape)
+        gate, up = (_dense(self, config, name, x, config.d_ff) for name in ("gate", "up"))
+        return _dense(self, config, "down", nn.silu(gate) * up, config.d_model, (2 * config.layers) ** -0.5)
 
 
 class Block(nn.Module):
@@ -180,11 +232,40 @@ class Transformer(nn.Module):
             sees = jnp.where(positions >= 0, positions.shape[1], 0) if ends is None else ends
         else:
             sees = attention.cache_mask(positions, cache_length(cache))
-        block = nn.remat(Block) if config.remat else Block
+        block = _block(config)
         x = embed[tokens].astype(config.dtype)
+        if config.scan_layers and cache is None and not self.is_initializing():
+            x = _scan(block(config, parent=None), self.variables["params"], x, angles, sees, positions)
+            return _norm(self, config, "final_norm", x), None
         layers = []
         for i in range(config.layers):
             layer = None if cache is None else cache[i]
             x, layer = block(config, name=f"layers_{i}")(x, angles, sees, layer, positions)
             layers.append(layer)
         return _norm(self, config, "final_norm", x), None if cache is None else tuple(layers)
+
+
+def _block(config: ModelConfig) -> type[nn.Module]:
+    """The layer, which recomputes what `config.remat` says in its backward pass."""
+    match config.remat:
+        case "none":
+            return Block
+        case "full":
+            return nn.remat(Block)
+        case "dots":
+            return nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(DENSE))
+
+
+def _scan(block: nn.Module, params: Params, x: jax.Array, *rest: jax.Array) -> jax.Array:
+    """All layers as one loop, so that one is traced and compiled whatever their number.
+
+    The parameters lie one layer beside the other, here as in checkpoints, and are stacked for the loop: a copy.
+    """
+    angles, sees, positions = rest
+    layers = [params[f"layers_{i}"] for i in range(block.config.layers)]
+    stacked = jax.tree.map(lambda *matrices: jnp.stack(matrices), *layers)
+
+    def step(x, layer):
+        return block.apply({"params": layer}, x, angles, sees, None, positions)[0], None
+
+    return jax.lax.scan(step, x, stacked)[0]

@@ -81,8 +81,8 @@ def load(folder: str | os.PathLike, config: ModelConfig, shardings: Any = None) 
 
     Args:
       folder: safetensors files and a config.json, or what `import` made.
-      config: The network; but for dtype, param_dtype, remat and source it must be the folder's. It may add a rope
-        scaling to a checkpoint without one.
+      config: The network; but for dtype, param_dtype, remat, scan_layers and source it must be the folder's. It may
+        add a rope scaling to a checkpoint without one.
       shardings: Tree of `jax.sharding.Sharding` like the parameters; None for the default device.
 
     Returns:
@@ -296,7 +296,7 @@ def _check_config(folder: pathlib.Path, config: ModelConfig) -> None:
     held = read_hf_config(folder)
     if held.rope_scaling.kind == "none":
         held = dataclasses.replace(held, rope_scaling=config.rope_scaling)
-    free = ("dtype", "param_dtype", "remat", "source")
+    free = ("dtype", "param_dtype", "remat", "scan_layers", "source")
     wrong = [
         f"model.{f.name} is {getattr(held, f.name)!r} there and {getattr(config, f.name)!r} in this config"
         for f in dataclasses.fields(config)

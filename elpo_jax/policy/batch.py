@@ -40,7 +40,7 @@ class Batch:
     tokens: Array  # int32 [B, T]
     positions: Array  # int32 [B, T], number of tokens that precede it in its branch; -1 = padding
     ends: Array  # int32 [B, T], one past the column of its last descendant, or of itself; 0 = padding
-    previous: Array  # int32 [B, T], column of the token that precedes it in its branch; 0 where there is none
+    previous: Array  # int32 [B, T], column of the token that precedes it in its branch; -1 where there is none
     steps: Array  # int32 [B, T], 1-based step of a model token, 0 elsewhere: the loss mask
     first_failure: Array  # int32 [B, T], first irrecoverable step, on that step and behind it; 0 = none so far
     behaviour_logp: Array  # float32 [B, T], under the sampling policy at the sampling temperature
@@ -252,7 +252,9 @@ def pack(examples: Sequence[Example], length: int, share: bool = True) -> Batch:
     for row, members in enumerate(packed):
         start = 0
         for member in members:
-            tree = trees[member].replace(ends=trees[member].ends + start, previous=trees[member].previous + start)
+            tree = trees[member]
+            previous = np.where(tree.previous >= 0, tree.previous + start, -1)
+            tree = tree.replace(ends=tree.ends + start, previous=previous)
             end = start + tree.tokens.shape[1]
             for field in dataclasses.fields(batch):
                 getattr(batch, field.name)[row, start:end] = getattr(tree, field.name)[0]
@@ -352,13 +354,16 @@ def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]
 
 def empty(rows: int, length: int) -> Batch:
     """A batch of padding only, numpy [rows, length]."""
-    names = ("tokens", "ends", "previous", "steps", "first_failure", "leaves")
-    integers = {name: np.zeros((rows, length), np.int32) for name in names}
+    zeros = dict.fromkeys(("tokens", "ends", "steps", "first_failure", "leaves"), 0)
+    integers = {
+        name: np.full((rows, length), value, np.int32)
+        for name, value in (zeros | {"positions": -1, "previous": -1}).items()
+    }
     floats = {
         name: np.zeros((rows, length), np.float32)
         for name in ("behaviour_logp", "branch", "trajectory", "weight", "reference_logp")
     }
-    return Batch(positions=np.full((rows, length), -1, np.int32), **integers, **floats)
+    return Batch(**integers, **floats)
 
 
 def stack(batch: Batch, micro_rows: int) -> Batch:

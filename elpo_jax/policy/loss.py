@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from elpo_jax.model.config import ModelConfig
-from elpo_jax.model.logprob import token_logprobs
+from elpo_jax.model.logprob import summed_loss, token_logprobs
 from elpo_jax.model.transformer import Params, apply
 from elpo_jax.policy.batch import Batch
 
@@ -133,7 +133,17 @@ def make_loss(config: ModelConfig) -> LossFn:
     """`policy_loss` as a function (params, batch [B, T], scalars) -> (loss, metrics), for the train step."""
 
     def loss_fn(params: Params, batch: Batch, scalars: Scalars) -> tuple[jax.Array, Metrics]:
-        logp, entropy = logprobs(config, params, batch, scalars["temperature"])
-        return policy_loss(logp, entropy, batch, scalars)
+        hidden, _ = apply(config, params, batch.tokens, batch.positions, ends=batch.ends)
+        return summed_loss(
+            policy_loss,
+            config,
+            params,
+            hidden,
+            batch.tokens,
+            scalars["temperature"],
+            batch,
+            scalars,
+            previous=batch.previous,
+        )
 
     return loss_fn

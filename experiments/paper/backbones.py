@@ -18,7 +18,7 @@ def qwen2_5_7b() -> ModelConfig:
         qkv_bias=True,
         tied=False,
         dtype="bfloat16",
-        remat=True,
+        remat="full",
     )
 
 
@@ -37,5 +37,5 @@ def qwen3_4b() -> ModelConfig:
         qk_norm=True,
         tied=True,
         dtype="bfloat16",
-        remat=True,
+        remat="full",
     )
