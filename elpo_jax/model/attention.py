@@ -95,11 +95,6 @@ def training_mask(positions: jax.Array, segments: jax.Array | None) -> jax.Array
     return mask
 
 
-def cache_mask(positions: jax.Array, length: int) -> jax.Array:
-    """bool [B, T, S]: a query at position p sees the cached positions 0..p, and one at -1 sees none."""
-    return jnp.arange(length) <= positions[:, :, None]
-
-
 def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """`attend` where no query may look past its own index (T = S): almost half of the products need not be made.
 

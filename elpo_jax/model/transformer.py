@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from elpo_jax.model import attention
-from elpo_jax.model.cache import Cache, LayerCache, cache_length, write
+from elpo_jax.model import cache as kv
+from elpo_jax.model.cache import Cache, LayerCache
 from elpo_jax.model.config import ModelConfig
 
 Params = dict  # nested, of arrays in config.param_dtype
@@ -34,6 +35,7 @@ def apply(
     positions: jax.Array,
     cache: Cache | None = None,
     segments: jax.Array | None = None,
+    where: kv.Where | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Hidden states of the tokens, after the final norm.
 
@@ -49,6 +51,7 @@ def apply(
         cache nor attended to, and whose own output is finite but meaningless.
       cache: From `new_cache`, or what a former call returned.
       segments: int32 [B, T], for rows that pack several sequences; only without a cache.
+      where: Where the tokens lie in the cache, if not in its row of the same index at the column of their position.
 
     Returns:
       hidden [B, T, D] in the compute dtype, and the updated cache (None without one).
@@ -62,12 +65,15 @@ def apply(
         raise ValueError(f"segments must be [B, T] like tokens, not {segments.shape} and {tokens.shape}")
     if cache is not None and segments is not None:
         raise ValueError("packed segments are for training only: a cache row holds one sequence")
-    if cache is not None and (len(cache) != config.layers or cache[0].k.shape[0] != tokens.shape[0]):
-        raise ValueError(
-            f"the cache has {len(cache)} layers of {cache[0].k.shape[0]} rows; "
-            f"this call needs {config.layers} of {tokens.shape[0]}"
-        )
-    return Transformer(config).apply({"params": params}, tokens, positions, cache, segments)
+    if cache is not None:
+        where = kv.locate(positions) if where is None else where
+        rows = kv.cache_rows(cache)
+        if len(cache) != config.layers or (where.rows is None and rows != tokens.shape[0]):
+            raise ValueError(
+                f"the cache has {len(cache)} layers of {rows} rows; "
+                f"this call needs {config.layers} of {tokens.shape[0]}"
+            )
+    return Transformer(config).apply({"params": params}, tokens, positions, cache, segments, where)
 
 
 def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
@@ -101,7 +107,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, layer: LayerCache | None, positions):
+    def __call__(self, x, angles, mask, layer: LayerCache | None, where: kv.Where | None):
         config = self.config
         rows, tokens, _ = x.shape
 
@@ -119,8 +125,8 @@ class Attention(nn.Module):
         if layer is None:
             out = attention.attend_causal(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
         else:
-            layer = write(layer, k, v, positions)
-            out = attention.attend(q, layer.k, layer.v, mask)
+            layer = layer._replace(own=kv.write(layer.own, k, v, where))
+            out = kv.attend(layer, q, where)
         width = config.heads * config.head_dim
         o = _matrix(self, config, "o", (width, config.d_model), (2 * config.layers) ** -0.5)
         return out.reshape(rows, tokens, width) @ o, layer
@@ -147,9 +153,9 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, layer: LayerCache | None, positions):
+    def __call__(self, x, angles, mask, layer: LayerCache | None, where: kv.Where | None):
         norm = functools.partial(_norm, self, self.config)
-        y, layer = Attention(self.config, name="attn")(norm("attn_norm", x), angles, mask, layer, positions)
+        y, layer = Attention(self.config, name="attn")(norm("attn_norm", x), angles, mask, layer, where)
         x = x + y
         return x + Mlp(self.config, name="mlp")(norm("mlp_norm", x)), layer
 
@@ -160,7 +166,7 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens, positions, cache: Cache | None = None, segments=None):
+    def __call__(self, tokens, positions, cache: Cache | None = None, segments=None, where: kv.Where | None = None):
         config = self.config
         embed = self.param(
             "embed",
@@ -171,15 +177,12 @@ class Transformer(nn.Module):
         if not config.tied:
             _matrix(self, config, "head", (config.d_model, config.vocab_size))
         angles = attention.rotary_angles(config, positions)
-        if cache is None:
-            mask = attention.training_mask(positions, segments)
-        else:
-            mask = attention.cache_mask(positions, cache_length(cache))
+        mask = attention.training_mask(positions, segments) if cache is None else None
         block = nn.remat(Block) if config.remat else Block
         x = embed[tokens].astype(config.dtype)
         layers = []
         for i in range(config.layers):
             layer = None if cache is None else cache[i]
-            x, layer = block(config, name=f"layers_{i}")(x, angles, mask, layer, positions)
+            x, layer = block(config, name=f"layers_{i}")(x, angles, mask, layer, where)
             layers.append(layer)
         return _norm(self, config, "final_norm", x), None if cache is None else tuple(layers)
