@@ -50,15 +50,15 @@ def bench_rollout(settings: Settings) -> Iterator[dict]:
 def _bare_loop(config, slots: int, context: int, params, mesh, settings: Settings) -> Callable[[], int]:
     """The decode loop alone: every slot always samples, and the host looks once."""
     steps = 16 if settings.quick else 128
-    cache = decode.make_cache(config, mesh, slots, context)
+    state = decode.make_state(config, mesh, slots, context, group=1, block=128)
     fn = decode.make_decode(config, mesh, (), settings.seed, steps)
-    control = np.zeros((slots, decode.CONTROL_WIDTH), np.int32)
+    control = np.zeros(state.control.shape, np.int32)
     control[:, decode.POSITION], control[:, decode.REMAINING] = context // 3, steps
     control[:, decode.STREAM] = np.arange(slots)[:, None]
 
     def work():
-        nonlocal cache
-        cache, out = fn(params, cache, control, np.ones(2, np.float32))
+        nonlocal state
+        state, out = fn(params, state._replace(control=control), np.ones(2, np.float32))
         return int((np.asarray(out)[:, 0] >= 0).sum())
 
     return work

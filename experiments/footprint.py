@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from elpo_jax.config import Config
-from elpo_jax.model.cache import new_cache
+from elpo_jax.model.cache import block_lengths
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.logprob import chunk_columns
 from elpo_jax.model.transformer import init
-from elpo_jax.rollout.decode import cache_sharding, row_axes
+from elpo_jax.rollout.decode import State, empty_state, row_axes, state_sharding
 from elpo_jax.train.mesh import AXES, row_parts, shardings
 from elpo_jax.train.state import TrainState
 from elpo_jax.train.step import Optimizer, make_optimizer
@@ -104,10 +104,20 @@ def sampler_params(config: Config, mesh: Mesh | AbstractMesh):
     return jax.tree.map(place, abstract_state(config, mesh).params)
 
 
-def sampler_cache(config: Config, mesh: Mesh | AbstractMesh):
-    """The sampler's cache as shapes."""
-    cache = jax.eval_shape(lambda: new_cache(config.model, config.sampler.slots, config.sampler.context))
-    return jax.tree.map(lambda x: _placed(x, cache_sharding(config.model, mesh)), cache)
+def sampler_state(config: Config, mesh: Mesh | AbstractMesh) -> State:
+    """What the sampler keeps on the devices, as shapes."""
+    sampler = config.sampler
+    state = jax.eval_shape(
+        lambda: empty_state(config.model, sampler.slots, sampler.context, slot_group(config, mesh), sampler.block)
+    )
+    place = state_sharding(config.model, mesh)
+    cache = jax.tree.map(lambda x: _placed(x, place.cache), state.cache)
+    return State(cache, _placed(state.control, place.control))
+
+
+def slot_group(config: Config, mesh: Mesh | AbstractMesh) -> int:
+    """Slots that share a trunk."""
+    return math.gcd(config.sampler.group, config.sampler.slots // row_parts(mesh))
 
 
 def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -132,7 +142,7 @@ def resident(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
         "optimizer": bytes_per_device(state.opt_state),
         "cold start's parameters": bytes_per_device(state.params),
         "sampler's parameters": bytes_per_device(sampler_params(config, mesh)) if mesh.shape["fsdp"] > 1 else 0,
-        "KV cache": bytes_per_device(sampler_cache(config, mesh)),
+        "KV cache": bytes_per_device(sampler_state(config, mesh).cache),
     }
 
 
@@ -193,7 +203,7 @@ def update(config: Config, mesh: Mesh | AbstractMesh, micro: int) -> Phase:
 
 
 def decode(config: Config, mesh: Mesh | AbstractMesh) -> Phase:
-    """One token for every slot, of a burst; as written, a query reads the whole cache of its slot.
+    """One token for every slot, of a burst, if a query reads the whole row of its slot and all of its trunk.
 
     A burst begins with a copy of the layers' matrices in the compute dtype, if they are kept in another one.
     """
@@ -201,35 +211,47 @@ def decode(config: Config, mesh: Mesh | AbstractMesh) -> Phase:
     split = _split(model, mesh)
     slots = sampler.slots / row_parts(mesh)
     layers, head = model.layers * layer_weights(model), model.d_model * model.vocab_size
-    attention = model.layers * 4 * model.heads * model.head_dim * sampler.context
+    columns = sampler.context * _holders(config, mesh)
+    attention = model.layers * 4 * model.heads * model.head_dim * columns
     element, kept = jnp.dtype(model.dtype).itemsize, jnp.dtype(model.param_dtype).itemsize
     copied = layers / split.tensor if element != kept else 0
     weights = (layers * element + head * kept) / split.tensor + copied * (kept + element) / sampler.steps_per_visit
     return Phase(
         flops=slots * (2 * (layers + head) + attention) / split.tensor,
-        traffic=weights + bytes_per_device(sampler_cache(config, mesh)),
+        traffic=weights + bytes_per_device(sampler_state(config, mesh).cache),
         working=copied * element
         + 4 * slots * (model.vocab_size / split.tensor + model.d_model)
-        # One layer's scores and their weights, and the logits thrice.
-        + 4 * slots * (2 * model.heads / split.heads * sampler.context + 2 * model.vocab_size / split.tensor),
+        # One block's scores and their weights, and the logits thrice.
+        + 4 * slots * (2 * model.heads / split.heads * _longest_block(config) + 2 * model.vocab_size / split.tensor),
     )
 
 
 def prefill(config: Config, mesh: Mesh | AbstractMesh, rows: int, tokens: int) -> Phase:
-    """One call on `rows` rows per shard of `tokens` tokens each; as written, queries meet the whole cache."""
-    model, context = config.model, config.sampler.context
+    """One call on `rows` rows per shard of `tokens` tokens each, if queries meet whole rows and trunks."""
+    model, columns = config.model, config.sampler.context * _holders(config, mesh)
     split = _split(model, mesh)
-    cache = bytes_per_device(sampler_cache(config, mesh)) * row_parts(mesh) / config.sampler.slots  # of one row
-    scores = rows * model.heads / split.heads * tokens * context
-    products = (model.layers - 1) * rows * tokens * 4 * model.heads * model.head_dim * context
+    column = 2 * model.kv_heads / split.heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+    scores = rows * model.heads / split.heads * tokens
+    products = (model.layers - 1) * rows * tokens * 4 * model.heads * model.head_dim * columns
     # The last layer's output is dropped: of it, only keys and values are made.
     last = 2 * model.d_model * model.kv_heads * model.head_dim
     weights = (model.layers - 1) * layer_weights(model) + last
     return Phase(
         flops=(rows * tokens * 2 * weights + products) / split.tensor,
-        traffic=bytes_per_device(sampler_params(config, mesh)) + 2 * rows * cache + model.layers * 4 * scores * 4,
-        working=rows * cache + 2 * scores * 4,
+        traffic=bytes_per_device(sampler_params(config, mesh))
+        + model.layers * columns * (2 * rows * column + 4 * scores * 4),
+        # One block of the rows, and its scores and their weights.
+        working=_longest_block(config) * (rows * column + 2 * scores * 4),
     )
+
+
+def _holders(config: Config, mesh: Mesh | AbstractMesh) -> int:
+    """Where a query looks: into its row, and into its trunk if there are any."""
+    return 1 + (slot_group(config, mesh) > 1)
+
+
+def _longest_block(config: Config) -> int:
+    return max(block_lengths(config.sampler.context, config.sampler.block))
 
 
 def prefill_shape(config: Config, mesh: Mesh | AbstractMesh) -> tuple[int, int]:

@@ -109,16 +109,15 @@ def _prefill(config: Config, mesh: Mesh, micro: int):
     rows, tokens = footprint.prefill_shape(config, mesh)
     rows *= row_parts(mesh)
     indices, ids = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows,), (rows, tokens)))
-    params, cache = footprint.sampler_params(config, mesh), footprint.sampler_cache(config, mesh)
-    return decode.make_prefill(config.model, mesh).lower(params, cache, indices, ids, ids)
+    params, state = footprint.sampler_params(config, mesh), footprint.sampler_state(config, mesh)
+    return decode.make_prefill(config.model, mesh).lower(params, state, indices, indices, ids, ids)
 
 
 def _decode(config: Config, mesh: Mesh, micro: int):
     del micro
-    params, cache = footprint.sampler_params(config, mesh), footprint.sampler_cache(config, mesh)
-    control = jax.ShapeDtypeStruct((config.sampler.slots, decode.CONTROL_WIDTH), jnp.int32)
+    params, state = footprint.sampler_params(config, mesh), footprint.sampler_state(config, mesh)
     burst = decode.make_decode(config.model, mesh, (0,), config.seed, config.sampler.steps_per_visit)
-    return burst.lower(params, cache, control, jax.ShapeDtypeStruct((2,), jnp.float32))
+    return burst.lower(params, state, jax.ShapeDtypeStruct((2,), jnp.float32))
 
 
 def of_depth(config: Config, layers: int) -> Config:

@@ -20,7 +20,7 @@ from elpo_jax.trees.trajectory import Author, Segment
 MODEL = ModelConfig(
     vocab_size=67, d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=48, qk_norm=True, tied=False
 )
-SHAPES = SamplerConfig(slots=4, context=64, steps_per_visit=3, prefill_buckets=(4, 16), prefill_rows=(2,))
+SHAPES = SamplerConfig(slots=4, context=64, block=16, steps_per_visit=3, prefill_buckets=(4, 16), prefill_rows=(2,))
 STOPS = (5, 6, 7)
 SEED = 3
 
@@ -68,9 +68,9 @@ def main(data: int, fsdp: int, tensor: int) -> None:
     sampler.load(params, version=0)
     turns = scenario(sampler)
     fn = decode.make_decode(MODEL, mesh, STOPS, SEED, steps=3)
-    cache = decode.make_cache(MODEL, mesh, SHAPES.slots, SHAPES.context)
-    control = np.zeros((SHAPES.slots, decode.CONTROL_WIDTH), np.int32)
-    compiled = fn.lower(decode.place_params(params, mesh), cache, control, np.ones(2, np.float32)).compile()
+    group = SHAPES.slots // (data * fsdp)
+    state = decode.make_state(MODEL, mesh, SHAPES.slots, SHAPES.context, group, SHAPES.block)
+    compiled = fn.lower(decode.place_params(params, mesh), state, np.ones(2, np.float32)).compile()
     line = {
         "ids": [turn.ids.tolist() for turn in turns],
         "logprobs": [[float(x).hex() for x in turn.logprobs] for turn in turns],

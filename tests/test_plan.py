@@ -59,7 +59,7 @@ with jax.set_mesh(mesh):
     sampler.load(state.params, 0)
     begun = jax.tree.map(lambda x: x.copy(), state.params)
 real = {"parameters": held(state.params), "optimizer": held(state.opt_state), "cold start's parameters": held(begun),
-        "sampler's parameters": held(sampler._params), "KV cache": held(sampler._cache)}
+        "sampler's parameters": held(sampler._params), "KV cache": held(sampler._state.cache)}
 lines = {}
 for phase in plan.PHASES:
     depths = {n: plan.compile_phase(phase, plan.of_depth(config, n), mesh, 4) for n in plan.DEPTHS}
@@ -126,7 +126,7 @@ def test_operations_are_those_of_a_count_by_hand(one):
     pairs = 4 * 8 * (64 * 64 + 64 * 128)  # 2 blocks of 64 queries, which meet 64 and 128 keys
     count = 6 * matrices * tokens + 6 * 12 * 4 * 16 * pairs
     assert one["update"].flops == pytest.approx(count, rel=0.01)
-    token = 16 * (2 * matrices + 6 * 4 * 4 * 16 * 128)  # 16 slots that read 128 columns
+    token = 16 * (2 * matrices + 6 * 4 * 4 * 16 * 2 * 128)  # 16 slots that read 128 columns of rows and of trunks
     assert one["decode"].flops == pytest.approx(4 * token, rel=0.01), "4 steps of a burst"
     assert one["decode"].counted_once < 0.5 * one["decode"].flops, "XLA counts the body of the loop once"
     for phase, by_hand in plan.by_hand(TINY, abstract_mesh((1, 1, 1)), 4).items():

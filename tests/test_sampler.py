@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sampler_scenario import MODEL, SEED, SHAPES, STOPS, make_params, scenario, text
 
+from elpo_jax.model.cache import block_lengths
 from elpo_jax.model.logprob import token_logprobs
 from elpo_jax.model.transformer import apply, unembed
 from elpo_jax.rollout import decode
 from elpo_jax.rollout.sampler import Request, Sampler, SamplerConfig, VersionError
-from elpo_jax.rollout.slots import SlotTable, split_prefill
+from elpo_jax.rollout.slots import SlotTable, Source, split_prefill
 from elpo_jax.trees.trajectory import Author, Segment
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -99,9 +100,9 @@ def prefilled(monkeypatch):
     counts = []
     original = Sampler._run_prefill
 
-    def spy(self, group, rows, tokens):
-        counts.extend(len(ids) for _, _, ids in group)
-        return original(self, group, rows, tokens)
+    def spy(self, group, *shape, **kind):
+        counts.extend(len(piece.ids) for piece in group)
+        return original(self, group, *shape, **kind)
 
     monkeypatch.setattr(Sampler, "_run_prefill", spy)
     return counts
@@ -204,8 +205,11 @@ def test_fresh_processes_repeat_every_bit_and_meshes_agree(stopping):
     assert " while(" in code
     assert not re.search(r"all-(reduce|gather|to-all)|collective|permute\(", code)
     rows = SHAPES.slots // 2  # of one device
-    assert f"f32[{rows},2,8,64]" in code and f"f32[{rows},2,64,8]" in code
-    assert not re.findall(rf"= f32\[{rows},2,(?:8,64|64,8)\]\S* copy\(", code)
+    sizes = block_lengths(SHAPES.context, SHAPES.block)
+    assert sizes == (16, 16, 32)
+    for size in sizes:
+        assert f"f32[{rows},2,8,{size}]" in code and f"f32[{rows},2,{size},8]" in code
+        assert not re.findall(rf"= f32\[(?:{rows}|1),2,(?:8,{size}|{size},8)\]\S* copy\(", code)
 
 
 # Forking and rewinding a cache row equal computing it again.
@@ -515,7 +519,16 @@ def test_misuse_is_named(sampler):
 
 
 @pytest.mark.parametrize(
-    "change", [{"slots": 0}, {"context": 0}, {"steps_per_visit": 0}, {"prefill_buckets": ()}, {"prefill_rows": (0, 4)}]
+    "change",
+    [
+        {"slots": 0},
+        {"context": 0},
+        {"group": 0},
+        {"block": 0},
+        {"steps_per_visit": 0},
+        {"prefill_buckets": ()},
+        {"prefill_rows": (0, 4)},
+    ],
 )
 def test_impossible_shapes_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -582,7 +595,8 @@ def test_waves_order_forks_behind_the_prefills_they_read():
     table.load(1)
     turn = text(1, 4)
     roots = [table.place(Request((prompt,), (0, 0, i, 1), 1), 8, None) for i in range(3)]
-    assert [p.wave for p in roots] == [0, 1, 1] and [p.source for p in roots] == [None, roots[0].slot, roots[0].slot]
+    first = Source(roots[0].slot, base=0, wave=1)
+    assert [p.wave for p in roots] == [0, 1, 1] and [p.source for p in roots] == [None, first, first]
     assert [p.reuse for p in roots] == [0, 7, 7]
     assert {p.slot // 2 for p in roots[:2]} == {0, 1}, "the first two roots are on different shards"
     table.settle()
@@ -591,7 +605,8 @@ def test_waves_order_forks_behind_the_prefills_they_read():
     longer = Request((prompt, turn, text(2, 3)), (0, 0, 9, 2), 1)
     # The free slot that was never used is the target; what the source lacks is its last sampled token onwards.
     placed = table.place(longer, 15, None)
-    assert placed.slot not in {p.slot for p in roots} and placed.source == roots[0].slot
+    assert placed.slot not in {p.slot for p in roots}
+    assert placed.source == Source(roots[0].slot, base=0, wave=0)
     assert (placed.reuse, placed.wave) == (11, 0)
 
 

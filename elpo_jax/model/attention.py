@@ -1,6 +1,6 @@
-"""Rotary positions, and the grouped-query attention product of tokens with a cache, as pure functions.
+"""Rotary positions, and what the two attention products have in common (`tree_attention.py`, `cache.py`).
 
-Letters: B rows, T tokens, H query heads, K key/value heads, G = H/K, N head width, S keys.
+Letters: B rows, T tokens, N head width.
 """
 
 import math
@@ -76,36 +76,3 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = (angle[:, :, None, :] for angle in angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def cache_mask(positions: jax.Array, length: int) -> jax.Array:
-    """bool [B, T, S]: a query at position p sees the cached positions 0..p, and one at -1 sees none."""
-    return jnp.arange(length) <= positions[:, :, None]
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query softmax attention, softmax(q k / sqrt(N)) v with a float32 softmax.
-
-    Args:
-      q: [B, T, H, N].
-      k: [B, K, N, S].
-      v: [B, K, S, N].
-      mask: bool [B, T, S], true where the query may look.
-
-    Returns:
-      [B, T, H, N] in the dtype of `v`.
-    """
-    rows, tokens, heads, width = q.shape
-    kv_heads = k.shape[1]
-    group = heads // kv_heads
-    # One matrix [T * G, N] per row and key/value head: with further axes XLA's CPU backend is ten times slower.
-    q = (q * width**-0.5).reshape(rows, tokens, kv_heads, group, width).swapaxes(1, 2)
-    scores = jnp.einsum("BKMN,BKNS->BKMS", q.reshape(rows, kv_heads, tokens * group, width), k)
-    scores = scores.astype(jnp.float32).reshape(rows, kv_heads, tokens, group, -1)
-    scores = jnp.where(mask[:, None, :, None], scores, MASKED)
-    # Divided by their sum after the product with v, not before: the gradient then needs no sum over S.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1).reshape(rows, kv_heads, tokens * group, 1)
-    weights = weights.astype(v.dtype).reshape(rows, kv_heads, tokens * group, -1)
-    out = (jnp.einsum("BKMS,BKSN->BKMN", weights, v) / total).astype(v.dtype)
-    return out.reshape(rows, kv_heads, tokens, group, width).swapaxes(1, 2).reshape(rows, tokens, heads, width)

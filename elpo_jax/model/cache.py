@@ -1,8 +1,12 @@
-"""The key/value cache: one row per slot, one column per position, written in place.
+"""The key/value cache: rows of blocks of columns, written in place, and the attention that reads them.
 
-Keys lie as [B, K, N, S] and values as [B, K, S, N], the orders in which one decoded token's two products read
-memory contiguously. Only this module and the attention product know that. Letters: B rows, K key/value heads,
-N head width, S cache length, T tokens.
+A row holds one sequence, or what follows a prefix that several rows share: the rows of a group have one trunk, which
+holds the prefix, and each begins at its own `base`, the number of trunk tokens that are its own first tokens. The
+queries of a group meet the trunk's keys in one product, and a softmax over trunk and row is merged from its parts (as
+in Hydragen, arXiv 2402.05099). Blocks that no query looks into are skipped while running, so a short sequence in a long
+cache costs what a short cache would. Keys lie as [B, K, N, C] and values as [B, K, C, N], the orders in which one
+decoded token's two products read memory contiguously; only this module knows that.
+Letters: B rows, G trunks, R rows of a call, T tokens, H query heads, K key/value heads, N head width, C block columns.
 """
 
 from typing import NamedTuple
@@ -10,71 +14,258 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from elpo_jax.model.attention import MASKED
 from elpo_jax.model.config import ModelConfig
+
+_FLOOR = -1e29  # above MASKED: a query that sees nothing of a part gives every column there the weight exp(-9e29) = 0
+
+
+class Rows(NamedTuple):
+    """Keys and values of one layer, in the compute dtype, block after block."""
+
+    k: tuple[jax.Array, ...]  # of [B, K, N, C]
+    v: tuple[jax.Array, ...]  # of [B, K, C, N]
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, in the compute dtype."""
+    """The rows of one layer, and the trunks of their groups, rows i * B/G to (i + 1) * B/G sharing trunk i."""
 
-    k: jax.Array  # [B, K, N, S]
-    v: jax.Array  # [B, K, S, N]
+    own: Rows
+    trunk: Rows | None
 
 
 Cache = tuple[LayerCache, ...]
 
 
-def new_cache(config: ModelConfig, rows: int, length: int) -> Cache:
-    """An empty cache of `rows` slots for positions 0..length-1, one entry per layer."""
-    if rows < 1 or length < 1:
-        raise ValueError(f"a cache needs at least one row and one position, not rows={rows}, length={length}")
-    k_shape = (rows, config.kv_heads, config.head_dim, length)
-    v_shape = (rows, config.kv_heads, length, config.head_dim)
-    return tuple(
-        LayerCache(jnp.zeros(k_shape, config.dtype), jnp.zeros(v_shape, config.dtype)) for _ in range(config.layers)
-    )
+class Where(NamedTuple):
+    """Where the tokens of a call lie.
+
+    Attributes:
+      columns: int32 [R, T], each token's column in its row; -1 for padding.
+      base: int32 [R], leading tokens of each row's sequence that its trunk holds; None without trunks.
+      rows: int32 [R], each row's index, B or more for padding; None where the call has all rows, in order.
+    """
+
+    columns: jax.Array
+    base: jax.Array | None
+    rows: jax.Array | None
 
 
-def cache_length(cache: Cache) -> int:
-    """S, the number of positions that a row can hold."""
-    return cache[0].v.shape[2]
+def locate(positions: jax.Array, base: jax.Array | None = None, rows: jax.Array | None = None) -> Where:
+    """Where tokens at `positions` (int32 [R, T], -1 for padding) lie in rows whose trunks hold `base` tokens each."""
+    columns = positions if base is None else jnp.where(positions >= 0, positions - base[:, None], -1)
+    return Where(columns, base, rows)
 
 
-def write(layer: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
-    """Stores each token's key and value in the column of its position.
+def block_lengths(length: int, first: int) -> tuple[int, ...]:
+    """Columns of each block: `first`, then as many as all before together; the last takes what would be too short."""
+    edges = [0]
+    edge = first
+    while 3 * edge <= 2 * length:
+        edges.append(edge)
+        edge *= 2
+    return tuple(end - start for start, end in zip(edges, [*edges[1:], length], strict=True))
+
+
+def new_cache(config: ModelConfig, rows: int, length: int, groups: int = 0, block: int = 128) -> Cache:
+    """An empty cache, one entry per layer.
 
     Args:
-      layer: Cache of one layer.
-      k: [B, T, K, N], rotated.
-      v: [B, T, K, N].
-      positions: int32 [B, T]; tokens at -1 (or beyond S) are not written.
+      config: The network.
+      rows: B, sequences.
+      length: Columns of a row, and of a trunk.
+      groups: G, trunks; must divide the rows. 0 for a cache without.
+      block: Columns of the first block (see `block_lengths`).
+    """
+    if rows < 1 or length < 1:
+        raise ValueError(f"a cache needs at least one row and one position, not rows={rows}, length={length}")
+    if groups and rows % groups:
+        raise ValueError(f"{rows} rows cannot be divided into {groups} groups of the same size")
+
+    def empty(count):
+        shape = count, config.kv_heads
+        sizes = block_lengths(length, block)
+        return Rows(
+            tuple(jnp.zeros((*shape, config.head_dim, size), config.dtype) for size in sizes),
+            tuple(jnp.zeros((*shape, size, config.head_dim), config.dtype) for size in sizes),
+        )
+
+    return tuple(LayerCache(empty(rows), empty(groups) if groups else None) for _ in range(config.layers))
+
+
+def cache_rows(cache: Cache) -> int:
+    """B."""
+    return cache[0].own.k[0].shape[0]
+
+
+def write(own: Rows, k: jax.Array, v: jax.Array, where: Where) -> Rows:
+    """Stores each token's key and value in its column.
+
+    Args:
+      own: The rows of one layer.
+      k: [R, T, K, N], rotated.
+      v: [R, T, K, N].
+      where: Tokens at column -1 (or beyond the last) are not written.
 
     Returns:
-      The cache, updated in place wherever the caller lets XLA reuse the buffer (donation, a loop carry).
+      The rows, updated in place wherever the caller lets XLA reuse the buffer (donation, a loop carry).
     """
-    length = layer.v.shape[2]
-    # A negative index would count from the end; one past the end is dropped.
-    slots = jnp.where(positions >= 0, positions, length)
+    k, v = k.astype(own.k[0].dtype), v.astype(own.v[0].dtype)
+    keys, values, start = [], [], 0
+    for k_block, v_block in zip(own.k, own.v, strict=True):
+        size = k_block.shape[3]
+        inside = where.columns - start
+        # A negative index would count from the end; one past the end is dropped.
+        columns = jnp.where(inside >= 0, inside, size)
+        if where.rows is None:
+            # vmap keeps the row a batch dimension of the scatter, so rows sharded over a mesh stay on their device.
+            def row(k_row, v_row, k_new, v_new, column):
+                k_row = k_row.at[:, :, column].set(jnp.moveaxis(k_new, 0, -1), mode="drop")
+                v_row = v_row.at[:, column, :].set(jnp.moveaxis(v_new, 0, 1), mode="drop")
+                return k_row, v_row
 
-    # vmap keeps the row a batch dimension of the scatter, so rows sharded over a mesh stay on their device.
-    def row(k_row, v_row, k_new, v_new, slot):
-        k_row = k_row.at[:, :, slot].set(jnp.moveaxis(k_new, 0, -1), mode="drop")
-        v_row = v_row.at[:, slot, :].set(jnp.moveaxis(v_new, 0, 1), mode="drop")
-        return k_row, v_row
+            k_block, v_block = jax.vmap(row)(k_block, v_block, k, v, columns)
+        else:
+            k_block = k_block.at[where.rows[:, None], :, :, columns].set(k, mode="drop")
+            v_block = v_block.at[where.rows[:, None], :, columns].set(v, mode="drop")
+        keys.append(k_block)
+        values.append(v_block)
+        start += size
+    return Rows(tuple(keys), tuple(values))
 
-    return LayerCache(*jax.vmap(row)(layer.k, layer.v, k.astype(layer.k.dtype), v.astype(layer.v.dtype), slots))
+
+def attend(layer: LayerCache, q: jax.Array, where: Where) -> jax.Array:
+    """Grouped-query softmax attention over what precedes each token in its trunk and its row, itself included.
+
+    Args:
+      layer: With the tokens' own keys and values written.
+      q: [R, T, H, N], rotated.
+      where: Of the tokens. One at column -1 sees nothing of its row; its output is finite.
+
+    Returns:
+      [R, T, H, N] in the dtype of the cache; the softmax is float32.
+    """
+    rows, tokens, heads, width = q.shape
+    kv_heads = layer.own.k[0].shape[1]
+    # One matrix [T * H/K, N] per row and key/value head: with further axes XLA's CPU backend is ten times slower.
+    q = (q * width**-0.5).reshape(rows, tokens, kv_heads, -1, width).swapaxes(1, 2).reshape(rows, kv_heads, -1, width)
+    last = jnp.repeat(where.columns, heads // kv_heads, axis=1)  # int32 [R, T * H/K], of the columns that q sees
+    parts = _parts(q, layer.own, where.rows, last, shared=False)
+    if layer.trunk is not None:
+        base = jnp.repeat(where.base[:, None] - 1, last.shape[1], axis=1)
+        groups = layer.trunk.k[0].shape[0]
+        size = layer.own.k[0].shape[0] // groups
+        if where.rows is None:
+            parts += [
+                _ungroup(part, size)
+                for part in _parts(_group(q, size), layer.trunk, None, base.reshape(groups, -1), shared=True)
+            ]
+        else:
+            parts += _parts(q, layer.trunk, where.rows // size, base, shared=True)
+    out = _merge(parts).astype(layer.own.v[0].dtype)
+    return out.reshape(rows, kv_heads, tokens, -1, width).swapaxes(1, 2).reshape(rows, tokens, heads, width)
 
 
-def fork(cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
-    """Copies whole rows of the cache, so that a branch starts without a prefill.
+class _Part(NamedTuple):
+    """Softmax attention over some columns, not yet divided by its sum; all float32."""
+
+    out: jax.Array  # [R, K, M, N]
+    largest: jax.Array  # [R, K, M, 1], of the scores
+    total: jax.Array  # [R, K, M, 1], of the weights relative to the largest
+
+
+def _parts(q: jax.Array, held: Rows, rows: jax.Array | None, last: jax.Array, *, shared: bool) -> list[_Part]:
+    """One part per block: queries [R, K, M, N] that see the columns 0..last, int32 [R, M], of their rows.
+
+    Every query sees the first column of its own row, but maybe none of a shared one.
+    """
+    parts, start = [], 0
+    for k_block, v_block in zip(held.k, held.v, strict=True):
+        size = k_block.shape[3]
+
+        def look(k_block=k_block, v_block=v_block, start=start, size=size):
+            if rows is not None:
+                k_block, v_block = (jnp.take(x, rows, axis=0, mode="clip") for x in (k_block, v_block))
+            scores = jnp.einsum("RKMN,RKNC->RKMC", q, k_block).astype(jnp.float32)
+            seen = start + jnp.arange(size) <= last[:, None, :, None]
+            scores = jnp.where(seen, scores, MASKED)
+            largest = jnp.maximum(scores.max(axis=-1, keepdims=True), _FLOOR)
+            weights = jnp.exp(scores - largest)
+            out = jnp.einsum("RKMC,RKCN->RKMN", weights.astype(v_block.dtype), v_block)
+            return _Part(out.astype(jnp.float32), largest, weights.sum(axis=-1, keepdims=True))
+
+        def skip():
+            shape = (*q.shape[:3], 1)
+            return _Part(jnp.zeros(q.shape), jnp.full(shape, _FLOOR), jnp.zeros(shape))
+
+        # What a skipped block would have added is exactly 0, so no row depends on how long the others are.
+        parts.append(jax.lax.cond(jnp.max(last) >= start, look, skip) if start or shared else look())
+        start += size
+    return parts
+
+
+def _merge(parts: list[_Part]) -> jax.Array:
+    """The softmax attention over the columns of all parts, float32 [R, K, M, N]; 0 where a query sees nothing."""
+    largest = parts[0].largest
+    for part in parts[1:]:
+        largest = jnp.maximum(largest, part.largest)
+    scales = [jnp.exp(part.largest - largest) for part in parts]
+    total = sum(part.total * scale for part, scale in zip(parts, scales, strict=True))
+    out = sum(part.out * scale for part, scale in zip(parts, scales, strict=True))
+    return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+
+
+def _group(x: jax.Array, size: int) -> jax.Array:
+    """[G * size, K, M, n] -> [G, K, size * M, n], the queries of a group side by side."""
+    _, heads, queries, width = x.shape
+    return x.reshape(-1, size, heads, queries, width).swapaxes(1, 2).reshape(-1, heads, size * queries, width)
+
+
+def _ungroup(part: _Part, size: int) -> _Part:
+    def back(x):
+        groups, heads, _, width = x.shape
+        return x.reshape(groups, heads, size, -1, width).swapaxes(1, 2).reshape(groups * size, heads, -1, width)
+
+    return _Part(*map(back, part))
+
+
+def fork(cache: Cache, source: jax.Array, source_base: jax.Array, target: jax.Array, target_base: jax.Array) -> Cache:
+    """Copies sequences from rows to rows or trunks, so that a branch starts without a prefill.
 
     Args:
       cache: The cache.
       source: int32 [n], rows to read; all are read before any is written.
-      target: int32 [n], rows to overwrite, each at most once; one outside 0..B-1 makes its pair a no-op.
+      source_base: int32 [n], tokens of its trunk that precede what a source row holds.
+      target: int32 [n], rows to overwrite, each at most once; B + i is trunk i, and anything else makes it a no-op.
+      target_base: int32 [n], tokens of the sequence that a target row need not hold, since its trunk does.
 
     Returns:
-      The cache with row target[i] equal to the former row source[i].
+      The cache, in which each target row or trunk holds what its source and the trunk before it held.
     """
-    rows = cache[0].k.shape[0]
-    target = jnp.where(target >= 0, target, rows)
-    return jax.tree.map(lambda x: x.at[target].set(x[source], mode="drop"), cache)
+    rows = cache_rows(cache)
+    row = jnp.where((target >= 0) & (target < rows), target, rows)
+
+    def copy(layer: LayerCache) -> LayerCache:
+        if layer.trunk is None:
+            return LayerCache(jax.tree.map(lambda x: x.at[row].set(x[source], mode="drop"), layer.own), None)
+        groups = layer.trunk.k[0].shape[0]
+        trunk = jnp.where(target >= rows, target - rows, groups)
+        own, trunks = [], []
+        for held, shared, axis in ((layer.own.k, layer.trunk.k, 3), (layer.own.v, layer.trunk.v, 2)):
+            before = jnp.concatenate([x[source // (rows // groups)] for x in shared], axis)
+            behind = _shift(jnp.concatenate([x[source] for x in held], axis), source_base, axis)
+            place = jnp.expand_dims(jnp.arange(before.shape[axis]), tuple(range(1, 4 - axis)))
+            whole = jnp.where(place < source_base[:, None, None, None], before, behind)
+            ends = [sum(x.shape[axis] for x in held[: i + 1]) for i in range(len(held) - 1)]
+            mine = jnp.split(_shift(whole, -target_base, axis), ends, axis)
+            own.append(tuple(x.at[row].set(y, mode="drop") for x, y in zip(held, mine, strict=True)))
+            theirs = jnp.split(whole, ends, axis)
+            trunks.append(tuple(x.at[trunk].set(y, mode="drop") for x, y in zip(shared, theirs, strict=True)))
+        return LayerCache(Rows(*own), Rows(*trunks))
+
+    return tuple(map(copy, cache))
+
+
+def _shift(x: jax.Array, by: jax.Array, axis: int) -> jax.Array:
+    """Moves the columns of each row, [n, ...], to the right by int32 [n]; what comes in is of no meaning."""
+    return jax.vmap(lambda row, n: jnp.roll(row, n, axis - 1))(x, by)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from elpo_jax.model import attention, tree_attention
-from elpo_jax.model.cache import Cache, LayerCache, cache_length, write
+from elpo_jax.model import cache as kv
+from elpo_jax.model.cache import Cache, LayerCache
 from elpo_jax.model.config import ModelConfig
 
 Params = dict  # nested, of arrays in config.param_dtype
@@ -37,6 +38,7 @@ def apply(
     positions: jax.Array,
     cache: Cache | None = None,
     ends: jax.Array | None = None,
+    where: kv.Where | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Hidden states of the tokens, after the final norm.
 
@@ -54,6 +56,7 @@ def apply(
       cache: From `new_cache`, or what a former call returned.
       ends: int32 [B, T], for rows that pack trees in depth-first order: one past the column of a token's last
         descendant, 0 at padding (see `policy.batch.Batch`). Only without a cache; None where each row is one sequence.
+      where: Where the tokens lie in the cache, if not in its row of the same index at the column of their position.
 
     Returns:
       hidden [B, T, D] in the compute dtype, and the updated cache (None without one).
@@ -67,12 +70,15 @@ def apply(
         raise ValueError(f"ends must be [B, T] like tokens, not {ends.shape} and {tokens.shape}")
     if cache is not None and ends is not None:
         raise ValueError("packed trees are for training only: a cache row holds one sequence")
-    if cache is not None and (len(cache) != config.layers or cache[0].k.shape[0] != tokens.shape[0]):
-        raise ValueError(
-            f"the cache has {len(cache)} layers of {cache[0].k.shape[0]} rows; "
-            f"this call needs {config.layers} of {tokens.shape[0]}"
-        )
-    return Transformer(config).apply({"params": params}, tokens, positions, cache, ends)
+    if cache is not None:
+        where = kv.locate(positions) if where is None else where
+        rows = kv.cache_rows(cache)
+        if len(cache) != config.layers or (where.rows is None and rows != tokens.shape[0]):
+            raise ValueError(
+                f"the cache has {len(cache)} layers of {rows} rows; "
+                f"this call needs {config.layers} of {tokens.shape[0]}"
+            )
+    return Transformer(config).apply({"params": params}, tokens, positions, cache, ends, where)
 
 
 def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
@@ -161,7 +167,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, angles, sees, layer: LayerCache | None, positions):
+    def __call__(self, x, angles, layer: LayerCache | None, sees: jax.Array | kv.Where):
         config = self.config
         rows, tokens, _ = x.shape
 
@@ -179,8 +185,8 @@ class Attention(nn.Module):
         if layer is None:
             out = tree_attention.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), sees)
         else:
-            layer = write(layer, k, v, positions)
-            out = attention.attend(q, layer.k, layer.v, sees)
+            layer = layer._replace(own=kv.write(layer.own, k, v, sees))
+            out = kv.attend(layer, q, sees)
         width = config.heads * config.head_dim
         out = out.reshape(rows, tokens, width)
         return _dense(self, config, "o", out, config.d_model, (2 * config.layers) ** -0.5), layer
@@ -204,9 +210,9 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, angles, sees, layer: LayerCache | None, positions):
+    def __call__(self, x, angles, layer: LayerCache | None, sees: jax.Array | kv.Where):
         norm = functools.partial(_norm, self, self.config)
-        y, layer = Attention(self.config, name="attn")(norm("attn_norm", x), angles, sees, layer, positions)
+        y, layer = Attention(self.config, name="attn")(norm("attn_norm", x), angles, layer, sees)
         x = x + y
         return x + Mlp(self.config, name="mlp")(norm("mlp_norm", x)), layer
 
@@ -217,7 +223,7 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens, positions, cache: Cache | None = None, ends=None):
+    def __call__(self, tokens, positions, cache: Cache | None = None, ends=None, where: kv.Where | None = None):
         config = self.config
         embed = self.param(
             "embed",
@@ -231,16 +237,16 @@ class Transformer(nn.Module):
         if cache is None:
             sees = jnp.where(positions >= 0, positions.shape[1], 0) if ends is None else ends
         else:
-            sees = attention.cache_mask(positions, cache_length(cache))
+            sees = where
         block = _block(config)
         x = embed[tokens].astype(config.dtype)
         if config.scan_layers and cache is None and not self.is_initializing():
-            x = _scan(block(config, parent=None), self.variables["params"], x, angles, sees, positions)
+            x = _scan(block(config, parent=None), self.variables["params"], x, angles, sees)
             return _norm(self, config, "final_norm", x), None
         layers = []
         for i in range(config.layers):
             layer = None if cache is None else cache[i]
-            x, layer = block(config, name=f"layers_{i}")(x, angles, sees, layer, positions)
+            x, layer = block(config, name=f"layers_{i}")(x, angles, layer, sees)
             layers.append(layer)
         return _norm(self, config, "final_norm", x), None if cache is None else tuple(layers)
 
@@ -261,11 +267,11 @@ def _scan(block: nn.Module, params: Params, x: jax.Array, *rest: jax.Array) -> j
 
     The parameters lie one layer beside the other, here as in checkpoints, and are stacked for the loop: a copy.
     """
-    angles, sees, positions = rest
+    angles, sees = rest
     layers = [params[f"layers_{i}"] for i in range(block.config.layers)]
     stacked = jax.tree.map(lambda *matrices: jnp.stack(matrices), *layers)
 
     def step(x, layer):
-        return block.apply({"params": layer}, x, angles, sees, None, positions)[0], None
+        return block.apply({"params": layer}, x, angles, None, sees)[0], None
 
     return jax.lax.scan(step, x, stacked)[0]

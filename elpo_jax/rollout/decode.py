@@ -3,11 +3,12 @@
 Slots are split over the mesh axes `data` and `fsdp`, and each shard decodes and prefills its own slots without talking
 to the others; only a fork may cross. A row's samples are a function of its own request and the parameters alone. The
 functions are cached, so that a second sampler of the same shapes compiles nothing.
-Letters: B slots, S cache length, R rows of a prefill, T tokens of a prefill, V vocabulary, n steps of a visit.
+Letters: B slots, R rows of a prefill, T tokens of a prefill, V vocabulary, n steps of a visit.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,23 @@ from elpo_jax.model.transformer import Params, apply, unembed
 ROW_AXES = ("data", "fsdp")
 WHOLE = PartitionSpec()
 
-# Columns of the control array int32 [B, 7], one row per slot, which the host sends with every visit.
-TOKEN, POSITION, REMAINING, STREAM = 0, 1, 2, slice(3, 7)
-CONTROL_WIDTH = 7
+# Columns of the control array int32 [B, 8], one row per slot.
+TOKEN, POSITION, REMAINING, BASE, STREAM = 0, 1, 2, 3, slice(4, 8)
+CONTROL_WIDTH = 8
+
+
+class State(NamedTuple):
+    """All that the sampler has on the device; `fork`, `rewind`, prefill and decode each turn one into the next.
+
+    Attributes:
+      cache: Of every slot and every trunk.
+      control: int32 [B, 8]. For each slot the last token of its sequence (which is not in the cache yet), its position,
+        how many tokens may still be sampled (0 for an idle slot), how many of its tokens the trunk holds, and the
+        request's four stream integers.
+    """
+
+    cache: kv.Cache
+    control: jax.Array
 
 
 def row_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -59,76 +74,122 @@ def cache_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(row_axes(mesh), heads))
 
 
-def make_cache(config: ModelConfig, mesh: Mesh, slots: int, length: int) -> kv.Cache:
-    """An empty cache, split by slot."""
-    return _cache_maker(config, mesh, slots, length)()
+def make_state(config: ModelConfig, mesh: Mesh, slots: int, length: int, group: int, block: int) -> State:
+    """An empty state, split by slot; `group` slots share a trunk, none do where it is 1 (see `model.cache`)."""
+    return _state_maker(config, mesh, slots, length, group, block)()
 
 
 @functools.cache
-def _cache_maker(config: ModelConfig, mesh: Mesh, slots: int, length: int) -> Callable[[], kv.Cache]:
-    return jax.jit(lambda: kv.new_cache(config, slots, length), out_shardings=cache_sharding(config, mesh))
+def _state_maker(
+    config: ModelConfig, mesh: Mesh, slots: int, length: int, group: int, block: int
+) -> Callable[[], State]:
+    empty = functools.partial(empty_state, config, slots, length, group, block)
+    return jax.jit(empty, out_shardings=state_sharding(config, mesh))
+
+
+def empty_state(config: ModelConfig, slots: int, length: int, group: int, block: int) -> State:
+    """A state in which every slot is idle."""
+    cache = kv.new_cache(config, slots, length, slots // group if group > 1 else 0, block)
+    return State(cache, jnp.zeros((slots, CONTROL_WIDTH), jnp.int32))
+
+
+def state_sharding(config: ModelConfig, mesh: Mesh) -> State:
+    """Where the cache's arrays, all of them, and the control array lie."""
+    return State(cache_sharding(config, mesh), NamedSharding(mesh, PartitionSpec(row_axes(mesh))))
 
 
 @functools.cache
 def make_fork(config: ModelConfig, mesh: Mesh) -> Callable:
-    """Compiles `model.cache.fork`: (cache, source int32 [R], target int32 [R]) -> cache, which is donated."""
-    return jax.jit(kv.fork, donate_argnums=0, out_shardings=cache_sharding(config, mesh))
+    """Compiles (state, forks int32 [R, 4]) -> state, which is donated: `model.cache.fork` of R rows.
+
+    The columns of `forks` are a source, how many tokens of its trunk come before it, a target, and behind how many
+    tokens of its own trunk it will begin. A target of B + i is trunk i, and one of -1 marks padding.
+    """
+
+    def fork(state, forks):
+        return state._replace(cache=kv.fork(state.cache, *forks.T))
+
+    return jax.jit(fork, donate_argnums=0, out_shardings=state_sharding(config, mesh))
 
 
 @functools.cache
-def make_prefill(config: ModelConfig, mesh: Mesh) -> Callable:
-    """Compiles (params, cache, rows, tokens, positions) -> cache, which is donated.
+def make_rewind(config: ModelConfig, mesh: Mesh) -> Callable:
+    """Compiles (state, rows int32 [R], control int32 [R, 8]) -> state, which is donated.
 
-    Each shard gets R rows: `rows` int32 [shards * R] are indices among the shard's own slots, and one past its last
-    slot marks padding; `tokens` and `positions` are int32 [shards * R, T], positions -1 at padding.
+    Each slot goes to the position that its row of `control` names, back or on; what lies behind in the cache is not
+    seen again. A row outside 0..B-1 marks padding.
     """
 
-    def prefill(params, cache, rows, tokens, positions):
-        part = jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), cache)
-        _, part = apply(config, params, tokens, positions, part)
-        return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), cache, part)
+    def rewind(state, rows, control):
+        return state._replace(control=state.control.at[rows].set(control, mode="drop"))
+
+    return jax.jit(rewind, donate_argnums=0, out_shardings=state_sharding(config, mesh))
+
+
+@functools.cache
+def make_prefill(config: ModelConfig, mesh: Mesh, trunks: bool = False) -> Callable:
+    """Compiles (params, state, rows, base, tokens, positions) -> state, which is donated.
+
+    Each shard gets R rows: `rows` int32 [shards * R] are indices among the shard's own slots (or trunks), and one past
+    its last marks padding; `base` int32 [shards * R] says how many tokens of its trunk come before a slot's row;
+    `tokens` and `positions` are int32 [shards * R, T], positions -1 at padding.
+    """
+
+    def prefill(params, cache, rows, base, tokens, positions):
+        if trunks:
+            alone = tuple(kv.LayerCache(layer.trunk, None) for layer in cache)
+            _, alone = apply(config, params, tokens, positions, alone, where=kv.locate(positions, rows=rows))
+            return tuple(layer._replace(trunk=filled.own) for layer, filled in zip(cache, alone, strict=True))
+        _, cache = apply(config, params, tokens, positions, cache, where=kv.locate(positions, base, rows))
+        return cache
 
     split = PartitionSpec(row_axes(mesh))
-    mapped = _per_shard(prefill, mesh, (WHOLE, split, split, split, split), split)
-    return jax.jit(mapped, donate_argnums=1, out_shardings=cache_sharding(config, mesh))
+    mapped = _per_shard(prefill, mesh, (WHOLE, split, split, split, split, split), split)
+
+    def run(params, state, *rows):
+        return state._replace(cache=mapped(params, state.cache, *rows))
+
+    return jax.jit(run, donate_argnums=1, out_shardings=state_sharding(config, mesh))
 
 
 @functools.cache
 def make_decode(config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...], seed: int, steps: int) -> Callable:
-    """Compiles (params, cache, control, sampling) -> (cache, out): up to `steps` tokens for every slot.
+    """Compiles (params, state, sampling) -> (state, out): up to `steps` tokens for every slot.
 
-    `control` is int32 [B, 7]: the last token of the sequence (which is not in the cache yet), its position, how many
-    tokens may still be sampled (0 for an idle slot) and the request's four stream integers. `sampling` is float32 [2],
-    the temperature and top-p. `out` is int32 [steps, 3, B]: the sampled id (-1 where the slot was idle), its
-    log-probability and the entropy, both as the bits of a float32. A slot that sampled a stop id idles for the rest of
-    the visit.
+    `sampling` is float32 [2], the temperature and top-p. `out` is int32 [steps, 3, B]: the sampled id (-1 where the
+    slot was idle), its log-probability and the entropy, both as the bits of a float32. A slot that sampled a stop id
+    idles from then on. The state is donated.
     """
     # An id that is never sampled keeps the comparison below well-formed without stop ids.
     stops = jnp.array(stop_ids or (-1,), jnp.int32)
 
-    def decode(params, cache, control, sampling):
+    def decode(params, state, sampling):
         temperature, top_p = sampling
-        uniforms = stream_uniforms(seed, control[:, STREAM], control[:, POSITION] + 1, steps)
+        start = state.control
+        base = jnp.where(start[:, REMAINING] > 0, start[:, BASE], 0)  # what idle slots share need not be read
+        uniforms = stream_uniforms(seed, start[:, STREAM], start[:, POSITION] + 1, steps)
 
         def step(carry, u):
             cache, token, position, remaining = carry
             active = remaining > 0
-            hidden, cache = apply(config, params, token[:, None], jnp.where(active, position, -1)[:, None], cache)
+            where = kv.locate(jnp.where(active, position, -1)[:, None], base)
+            hidden, cache = apply(config, params, token[:, None], position[:, None], cache, where=where)
             logits = unembed(config, params, hidden[:, 0])
-            token = sample(logits, u, temperature, top_p)
-            logp, entropy = logprob_and_entropy(logits, token, _divisor(temperature))
-            out = jnp.stack([jnp.where(active, token, -1), _bits(logp), _bits(entropy)])
-            stopped = jnp.any(token[:, None] == stops, axis=1)
+            drawn = sample(logits, u, temperature, top_p)
+            logp, entropy = logprob_and_entropy(logits, drawn, _divisor(temperature))
+            out = jnp.stack([jnp.where(active, drawn, -1), _bits(logp), _bits(entropy)])
+            stopped = jnp.any(drawn[:, None] == stops, axis=1)
+            token, position = jnp.where(active, drawn, token), position + active
             remaining = jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
-            return (cache, token, position + 1, remaining), out
+            return (cache, token, position, remaining), out
 
-        start = (cache, control[:, TOKEN], control[:, POSITION], control[:, REMAINING])
-        (cache, *_), out = jax.lax.scan(step, start, uniforms)
-        return cache, out
+        carry = (state.cache, start[:, TOKEN], start[:, POSITION], start[:, REMAINING])
+        (cache, *now), out = jax.lax.scan(step, carry, uniforms)
+        return State(cache, start.at[:, :BASE].set(jnp.stack(now, axis=1))), out
 
     split, columns = PartitionSpec(row_axes(mesh)), PartitionSpec(None, None, row_axes(mesh))
-    mapped = _per_shard(decode, mesh, (WHOLE, split, split, WHOLE), (split, columns))
-    shardings = cache_sharding(config, mesh), NamedSharding(mesh, columns)
+    mapped = _per_shard(decode, mesh, (WHOLE, split, WHOLE), (split, columns))
+    shardings = state_sharding(config, mesh), NamedSharding(mesh, columns)
     return jax.jit(mapped, donate_argnums=1, out_shardings=shardings)
 
 

@@ -1,24 +1,26 @@
 """Samples turns for many attempts at once: fixed slots, a static cache, and a few tokens per visit of the host.
 
 A request names its prefix by segments. What is already in the cache (the attempt's own slot while its tool ran, or
-another attempt's prefix) is continued, rewound or forked; only what is missing is prefilled, and the jitted loop of
-`decode.py` samples the rest. The last token of a sequence is never in the cache: it is what the next step feeds.
+another attempt's prefix) is continued, rewound or forked, and a prefix that several requests have in common lies in the
+cache once, as the trunk of a group of slots; only what is missing is prefilled, and the jitted loop of `decode.py`
+samples the rest. The last token of a sequence is never in the cache: it is what the next step feeds.
 """
 
+import collections
 import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from elpo_jax.model.cache import Cache
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.transformer import Params
 from elpo_jax.rollout import decode
-from elpo_jax.rollout.slots import Placement, Request, Slot, SlotTable, VersionError, concatenate, split_prefill
+from elpo_jax.rollout.slots import Request, Slot, SlotTable, VersionError, concatenate, split_prefill
 from elpo_jax.trees.trajectory import Author, Segment
 
 __all__ = ["Completion", "Request", "Sampler", "SamplerConfig", "VersionError"]
@@ -30,7 +32,11 @@ class SamplerConfig:
 
     Attributes:
       slots: B, sequences decoded at once; split over the mesh axes `data` and `fsdp`.
-      context: S, most tokens of a prefix and its turn together.
+      context: Most tokens of a prefix and its turn together.
+      group: Slots that share a trunk, in which a prefix that they have in common is kept and read once for all; 1 for
+        none. Where it does not divide the slots of a device, the largest common divisor is taken.
+      block: Columns of a cache row that are read whatever there is; beyond, a row is read as far as the longest one
+        goes, rounded up to `block` times a power of 2.
       steps_per_visit: Tokens that every slot decodes before the host looks: more is less overhead, and a longer wait
         for slots whose turn has ended.
       prefill_buckets: Token counts that a prefill is padded to; longer ones are done in pieces.
@@ -39,12 +45,14 @@ class SamplerConfig:
 
     slots: int = 64
     context: int = 256
+    group: int = 8
+    block: int = 128
     steps_per_visit: int = 8
     prefill_buckets: tuple[int, ...] = (16, 64, 256)
     prefill_rows: tuple[int, ...] = (4, 8, 16, 32)
 
     def __post_init__(self):
-        for name in ("slots", "context", "steps_per_visit"):
+        for name in ("slots", "context", "group", "block", "steps_per_visit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampler.{name}={getattr(self, name)} must be at least 1")
         for name in ("prefill_buckets", "prefill_rows"):
@@ -75,6 +83,15 @@ class _Job:
     request: Request
     ids: np.ndarray  # int32, the whole prefix
     own: Slot | None  # the held slot that it continues
+
+
+class _Piece(NamedTuple):
+    """Tokens to prefill: of a slot or a trunk, behind `base` tokens in its trunk, from position `first` on."""
+
+    row: int
+    base: int
+    first: int
+    ids: np.ndarray  # int32
 
 
 class Sampler:
@@ -118,22 +135,31 @@ class Sampler:
         self._row_buckets = sorted({size for size in sizes if size < self._per_shard} | {self._per_shard})
         self._token_buckets = sorted(config.prefill_buckets)
 
-        self._new_cache = functools.partial(decode.make_cache, model_config, mesh, config.slots, config.context)
-        self._cache: Cache | None = self._new_cache()
+        group = math.gcd(config.group, self._per_shard)
+        self._trunks_per_shard = self._per_shard // group if group > 1 else 0
+        self._trunk_buckets = sorted({1, self._trunks_per_shard}) if self._trunks_per_shard else []
+        trunks = self._trunks_per_shard * self._shards
+        self._fork_sizes = [rows * self._shards for rows in self._row_buckets[:-1]] + [config.slots + trunks]
+        self._new_state = functools.partial(
+            decode.make_state, model_config, mesh, config.slots, config.context, group, config.block
+        )
+        self._state: decode.State | None = self._new_state()
         self._fork = decode.make_fork(model_config, mesh)
+        self._rewind = decode.make_rewind(model_config, mesh)
         self._prefill = decode.make_prefill(model_config, mesh)
+        self._prefill_trunks = decode.make_prefill(model_config, mesh, trunks=True)
         self._decode = decode.make_decode(
             model_config, mesh, tuple(int(i) for i in stop_ids), seed, config.steps_per_visit
         )
         self._params: Params | None = None
-        self._table = SlotTable(config.slots, self._shards)
+        self._table = SlotTable(config.slots, self._shards, group)
 
         self._next_ticket = 0
         self._waiting: list[_Job] = []
         self._running: dict[int, _Job] = {}  # by slot
         self._held: dict[int, int] = {}  # ticket -> slot
         self._pending: jax.Array | np.ndarray | None = None  # what start_visit dispatched
-        self._control = np.zeros((config.slots, decode.CONTROL_WIDTH), np.int32)
+        self._remaining = np.zeros(config.slots, np.int32)  # tokens that the turn may still have
         self._count = np.zeros(config.slots, np.int32)  # tokens of the turn so far
         self._turn = np.zeros((3, config.slots, config.context), np.int32)  # the turn so far, as `out` of decode.py
         self._sampled = self._slot_steps = 0  # since `load`: tokens, and slots times decoding steps
@@ -173,19 +199,21 @@ class Sampler:
         self._table.load(version)
         self._sampled = self._slot_steps = 0
         # Columns that no query may see weigh exactly 0, but 0 times what a diverged policy left there can be nan.
-        self._cache = None  # frees the old one before the new one exists
-        self._cache = self._new_cache()
+        self._state = None  # frees the old one before the new one exists
+        self._state = self._new_state()
 
     def compile(self) -> None:
         """Compiles every shape, by running each on padding alone. Parameters must be loaded."""
         self._need_params()
-        for rows in self._row_buckets:
-            nowhere = np.full(rows * self._shards, self.config.slots, np.int32)
-            self._cache = self._fork(self._cache, np.zeros_like(nowhere), nowhere)
-            for tokens in self._token_buckets:
-                self._run_prefill([], rows, tokens)
-        idle = np.zeros_like(self._control)
-        self._cache, _ = self._decode(self._params, self._cache, idle, np.ones(2, np.float32))
+        for size in self._fork_sizes:
+            self._state = self._fork(self._state, np.full((size, 4), -1, np.int32))
+        for tokens in self._token_buckets:
+            for rows in self._row_buckets:
+                self._run_prefill([], rows, tokens, trunks=False)
+            for rows in self._trunk_buckets:
+                self._run_prefill([], rows, tokens, trunks=True)
+        self._run_rewind([])
+        self._state, _ = self._decode(self._params, self._state, np.ones(2, np.float32))
 
     def submit(self, request: Request) -> int:
         """Queues a turn, and returns its ticket. The next visit begins it, if a slot is free (see `free_slots`).
@@ -245,10 +273,8 @@ class Sampler:
         if not self._running:
             self._pending = np.zeros((0, 3, self.config.slots), np.int32)
             return
-        # A copy, since the device may read it while the host prepares the next visit.
-        control = self._control.copy()
         sampling = np.array([temperature, top_p], np.float32)
-        self._cache, self._pending = self._decode(self._params, self._cache, control, sampling)
+        self._state, self._pending = self._decode(self._params, self._state, sampling)
 
     def finish_visit(self) -> list[Completion]:
         """Waits for the burst, and returns the turns that ended in it, in the order of their tickets.
@@ -266,12 +292,9 @@ class Sampler:
         self._slot_steps += len(out) * self.config.slots
         active = np.flatnonzero(sampled)
         last = out[sampled[active] - 1, 0, active]
-        control = self._control
-        control[active, decode.TOKEN] = last
-        control[:, decode.POSITION] += sampled
+        self._remaining -= sampled
         stopped = np.isin(last, self._stop_ids)
-        control[active, decode.REMAINING] = np.where(stopped, 0, control[active, decode.REMAINING] - sampled[active])
-        ended = control[active, decode.REMAINING] == 0
+        ended = stopped | (self._remaining[active] == 0)
         done = [self._complete(int(i), bool(s)) for i, s in zip(active[ended], stopped[ended], strict=True)]
         return sorted(done, key=lambda completion: completion.ticket)
 
@@ -318,70 +341,102 @@ class Sampler:
 
     def _admit(self) -> None:
         """Gives slots to waiting requests, first come first served, and fills their rows wave by wave."""
-        waves: list[list[tuple[Placement, _Job]]] = []
-        waiting = []
+        if not self._waiting:
+            return
+        # By the identity of the segments, all of which the requests keep alive.
+        same = collections.Counter(tuple(map(id, job.request.prefix)) for job in self._waiting if job.own is None)
+        copies: dict[int, list[tuple[int, int, int, int]]] = {}
+        trunks: dict[int, list[_Piece]] = {}
+        rows: dict[int, list[_Piece]] = {}
+        waiting, begun = [], []
         for job in self._waiting:
-            placement = self._table.place(job.request, len(job.ids), job.own)
+            siblings = same[tuple(map(id, job.request.prefix))]
+            placement = self._table.place(job.request, len(job.ids), job.own, siblings)
             if placement is None:
                 waiting.append(job)
                 continue
-            while len(waves) <= placement.wave:
-                waves.append([])
-            waves[placement.wave].append((placement, job))
-            self._begin(placement.slot, job)
+            if (lift := placement.lift) is not None:
+                if lift.source is not None:
+                    copy = (lift.source.slot, lift.source.base, self.config.slots + lift.trunk, 0)
+                    copies.setdefault(lift.source.wave, []).append(copy)
+                trunks.setdefault(lift.wave, []).append(_Piece(lift.trunk, 0, lift.reuse, job.ids[lift.reuse : -1]))
+            slot, source, base, reuse = placement.slot, placement.source, placement.base, placement.reuse
+            if source is not None:
+                copies.setdefault(source.wave, []).append((source.slot, source.base, slot, base))
+            rows.setdefault(placement.wave, []).append(_Piece(slot, base, reuse, job.ids[reuse:-1]))
+            begun.append((slot, self._begin(slot, job, base)))
         self._table.settle()
         self._waiting = waiting
-        for wave in waves:
-            self._fork_rows([(p.source, p.slot) for p, _ in wave if p.source not in (None, p.slot)])
-            self._fill([(p.slot, p.reuse, job.ids[p.reuse : -1]) for p, job in wave])
+        for wave in sorted({*copies, *trunks, *rows}):
+            self._copy(copies.get(wave, []))
+            self._fill(trunks.get(wave, []), trunks=True)
+            self._fill(rows.get(wave, []), trunks=False)
+        if begun:
+            self._run_rewind(begun)
 
-    def _begin(self, slot: int, job: _Job) -> None:
-        """Writes the row of the control array that makes the slot decode the request."""
+    def _begin(self, slot: int, job: _Job, base: int) -> np.ndarray:
+        """Notes who decodes in the slot, and returns the row of the control array that makes it do so."""
         self._running[slot] = job
-        self._count[slot] = 0
-        row = self._control[slot]
+        self._count[slot], self._remaining[slot] = 0, job.request.max_tokens
+        row = np.zeros(decode.CONTROL_WIDTH, np.int32)
         row[decode.TOKEN], row[decode.POSITION] = job.ids[-1], len(job.ids) - 1
-        row[decode.REMAINING] = job.request.max_tokens
+        row[decode.REMAINING], row[decode.BASE] = job.request.max_tokens, base
         row[decode.STREAM] = np.array(job.request.stream, np.uint32).view(np.int32)
+        return row
 
-    def _fork_rows(self, pairs: list[tuple[int, int]]) -> None:
-        """Copies rows (source, target) of the cache, all at once: a row may be read here and overwritten here."""
-        if not pairs:
+    def _run_rewind(self, begun: list[tuple[int, np.ndarray]]) -> None:
+        """Sets slots to where their requests begin."""
+        rows = np.full(self.config.slots, self.config.slots, np.int32)
+        control = np.zeros((self.config.slots, decode.CONTROL_WIDTH), np.int32)
+        for i, (slot, row) in enumerate(begun):
+            rows[i], control[i] = slot, row
+        self._state = self._rewind(self._state, rows, control)
+
+    def _copy(self, forks: list[tuple[int, int, int, int]]) -> None:
+        """Copies rows, all of them at once: one may be read here and overwritten here (see `decode.make_fork`)."""
+        if not forks:
             return
-        size = min(b * self._shards for b in self._row_buckets if b * self._shards >= len(pairs))
-        source, target = np.zeros(size, np.int32), np.full(size, self.config.slots, np.int32)
-        source[: len(pairs)], target[: len(pairs)] = np.array(pairs, np.int32).T
-        self._cache = self._fork(self._cache, source, target)
+        padded = np.full((min(size for size in self._fork_sizes if size >= len(forks)), 4), -1, np.int32)
+        padded[: len(forks)] = forks
+        self._state = self._fork(self._state, padded)
 
-    def _fill(self, rows: list[tuple[int, int, np.ndarray]]) -> None:
-        """Prefills rows (slot, first position, ids), in pieces of bucketed size; a row's pieces are done in order."""
-        pieces = {slot: split_prefill(len(ids), self._token_buckets) for slot, _, ids in rows}
-        for number in range(max(map(len, pieces.values()), default=0)):
-            groups: dict[int, list[tuple[int, int, np.ndarray]]] = {}
-            for slot, first, ids in rows:
-                if number < len(pieces[slot]):
-                    done = sum(pieces[slot][:number])
-                    bucket = pieces[slot][number]
-                    groups.setdefault(bucket, []).append((slot, first + done, ids[done : done + bucket]))
-            for bucket, group in sorted(groups.items()):
-                shards = np.bincount([slot // self._per_shard for slot, _, _ in group])
-                self._run_prefill(group, min(b for b in self._row_buckets if b >= shards.max()), bucket)
+    def _fill(self, rows: list[_Piece], trunks: bool) -> None:
+        """Prefills slots or trunks, in pieces of bucketed size, those of a row in order."""
+        sizes = {piece.row: split_prefill(len(piece.ids), self._token_buckets) for piece in rows}
+        per_shard = self._trunks_per_shard if trunks else self._per_shard
+        buckets = self._trunk_buckets if trunks else self._row_buckets
+        for number in range(max(map(len, sizes.values()), default=0)):
+            groups: dict[int, list[_Piece]] = {}
+            for row, base, first, ids in rows:
+                if number < len(sizes[row]):
+                    done, tokens = sum(sizes[row][:number]), sizes[row][number]
+                    groups.setdefault(tokens, []).append(_Piece(row, base, first + done, ids[done : done + tokens]))
+            for tokens, group in sorted(groups.items()):
+                most = np.bincount([piece.row // per_shard for piece in group]).max()
+                self._run_prefill(group, min(rows for rows in buckets if rows >= most), tokens, trunks)
 
-    def _run_prefill(self, group: list[tuple[int, int, np.ndarray]], rows: int, tokens: int) -> None:
-        """One call on `rows` rows per shard of `tokens` tokens each."""
-        local = np.full((self._shards, rows), self._per_shard, np.int32)
+    def _run_prefill(self, group: list[_Piece], rows: int, tokens: int, trunks: bool) -> None:
+        """One call on `rows` slots or trunks per shard of `tokens` tokens each."""
+        per_shard = self._trunks_per_shard if trunks else self._per_shard
+        local = np.full((self._shards, rows), per_shard, np.int32)
+        bases = np.zeros((self._shards, rows), np.int32)
         ids = np.zeros((self._shards, rows, tokens), np.int32)
         positions = np.full((self._shards, rows, tokens), -1, np.int32)
         used = [0] * self._shards
-        for slot, first, piece in group:
-            shard = slot // self._per_shard
+        for index, base, first, piece in group:
+            shard = index // per_shard
             row = used[shard]
             used[shard] += 1
-            local[shard, row] = slot % self._per_shard
+            local[shard, row], bases[shard, row] = index % per_shard, base
             ids[shard, row, : len(piece)] = piece
             positions[shard, row, : len(piece)] = np.arange(first, first + len(piece))
-        self._cache = self._prefill(
-            self._params, self._cache, local.reshape(-1), ids.reshape(-1, tokens), positions.reshape(-1, tokens)
+        self._state = (self._prefill_trunks if trunks else self._prefill)(
+            self._params,
+            self._state,
+            local.reshape(-1),
+            bases.reshape(-1),
+            ids.reshape(-1, tokens),
+            positions.reshape(-1, tokens),
         )
 
     def _complete(self, slot: int, stopped: bool) -> Completion:

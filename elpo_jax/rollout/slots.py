@@ -46,14 +46,42 @@ class Use(enum.Enum):
 
 
 @dataclasses.dataclass(eq=False)
+class Trunk:
+    """What the slots of a group may share: a prefix that lies in the cache once, for all of them.
+
+    Attributes:
+      index: Of the group.
+      slots: Those that can read it.
+      chain: Segments whose tokens it holds.
+      cached: How many of them.
+      wave: As of a slot.
+      touched: When a request was last placed on it.
+    """
+
+    index: int
+    slots: list["Slot"]
+    chain: tuple[Segment, ...] = ()
+    cached: int = 0
+    wave: int = -1
+    touched: int = -1
+
+    @property
+    def idle(self) -> bool:
+        """Whether no attempt reads it."""
+        return all(slot.use is Use.FREE or not slot.base for slot in self.slots)
+
+
+@dataclasses.dataclass(eq=False)
 class Slot:
     """One row of the cache, as the host sees it.
 
     Attributes:
       index: The row.
+      trunk: Of its group; None where slots share nothing.
       use: Whether it is taken.
-      chain: Segments whose tokens the row holds.
+      chain: Segments whose tokens the row and what it shares hold.
       cached: How many tokens of the chain are in the cache, from its start; at most all but the last.
+      base: How many of these the trunk holds; the row begins behind them.
       attempt: Whose turn it is or was.
       load: Which loading of parameters computed it, as counted by the table.
       wave: Number of the fork-and-prefill wave that fills it in the visit being planned; -1 if it is filled already.
@@ -61,13 +89,41 @@ class Slot:
     """
 
     index: int
+    trunk: Trunk | None = None
     use: Use = Use.FREE
     chain: tuple[Segment, ...] = ()
     cached: int = 0
+    base: int = 0
     attempt: tuple[int, int, int] | None = None
     load: int = 0
     wave: int = -1
     touched: int = -1
+
+    def forget(self) -> None:
+        self.chain, self.cached, self.base, self.touched = (), 0, 0, -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Cached tokens to copy: those of a row that begins behind `base` tokens of its trunk.
+
+    A trunk is read through the first slot of its group, with all its tokens as the base. `wave` is the first in which
+    the tokens are there; they are copied in it, before anything can replace them.
+    """
+
+    slot: int
+    base: int
+    wave: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Lift:
+    """A prefix that becomes a trunk: `reuse` of its tokens are copied from the source, the rest are prefilled."""
+
+    trunk: int
+    source: Source | None
+    reuse: int
+    wave: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,23 +132,31 @@ class Placement:
 
     Attributes:
       slot: The row that will decode it.
-      source: The row that holds the longest known part of its prefix: the same row (it is rewound to `reuse`, which
-        costs nothing), another (it is forked), or None.
+      source: What its row has to be copied from; None where nothing is missing (a slot that goes on or is rewound, a
+        prefix in the trunk) or nothing is known.
       reuse: Tokens of the prefix that need no prefill.
-      wave: Placements of one wave are independent; those of wave w+1 fork rows that wave w fills.
+      base: Tokens of the prefix that the trunk holds.
+      wave: When its row is prefilled. Within a wave all copies come first, then the trunks are prefilled, then the
+        slots; wave w+1 copies what wave w prefills.
+      lift: What has to become the trunk in its own wave, which is not after the placement's.
     """
 
     slot: int
-    source: int | None
+    source: Source | None
     reuse: int
+    base: int
     wave: int
+    lift: Lift | None = None
 
 
 class SlotTable:
     """All slots, and the parameters' version that their contents belong to."""
 
-    def __init__(self, slots: int, shards: int):
-        """`slots` rows in `shards` contiguous groups of equal size; new requests are spread over the groups."""
+    def __init__(self, slots: int, shards: int, group: int = 1):
+        """`slots` rows in `shards` contiguous parts of equal size; new requests are spread over the parts.
+
+        Every `group` consecutive slots share a trunk; `group` divides the size of a part, and 1 means none.
+        """
         self.slots = [Slot(i) for i in range(slots)]
         self.version: int | None = None
         self._per_shard = slots // shards
@@ -100,6 +164,12 @@ class SlotTable:
         self._versions: dict[int, int] = {}  # of the loads that a slot may still belong to
         self._clock = 0
         self._by_prompt: dict[Segment, list[Slot]] = {}
+        self._trunks: list[Trunk] = []
+        for first in range(0, slots, group) if group > 1 else ():
+            trunk = Trunk(len(self._trunks), self.slots[first : first + group])
+            self._trunks.append(trunk)
+            for slot in trunk.slots:
+                slot.trunk = trunk
 
     @property
     def free(self) -> int:
@@ -111,10 +181,12 @@ class SlotTable:
         held = {slot.load for slot in self.slots if slot.use is Use.HELD}
         self._versions = {k: v for k, v in self._versions.items() if k in held} | {self._load: version}
         self._by_prompt.clear()
+        for trunk in self._trunks:
+            trunk.chain, trunk.cached, trunk.touched = (), 0, -1
         for slot in self.slots:
             slot.touched = -1
             if slot.use is Use.FREE:
-                slot.chain, slot.cached = (), 0
+                slot.forget()
 
     def claim(self, request: Request) -> Slot | None:
         """Takes the held slot of the request's attempt, if there is one.
@@ -130,33 +202,50 @@ class SlotTable:
         slot.use = Use.BUSY
         return slot
 
-    def place(self, request: Request, length: int, own: Slot | None) -> Placement | None:
+    def place(self, request: Request, length: int, own: Slot | None, siblings: int = 1) -> Placement | None:
         """Decides the slot of a request and where its prefix comes from.
 
         Args:
           request: The request.
           length: Tokens of its prefix.
           own: The slot it claimed.
+          siblings: Requests with this very prefix that are to be placed, itself included. Two or more are worth a
+            trunk, if a group can be found that reads none.
 
         Returns:
           None where it has to wait, because every slot is taken.
         """
-        target = own if own is not None else self._least_recently_used()
-        if target is None:
-            return None
-        source, reuse = self._longest_match(request, length, target)
-        if source is not None:
-            assert source.load == self._load  # `load` made all others unfindable
-            source.touched = self._tick()
-        wave = 0 if source is None else source.wave + 1
+        lift = None
+        if own is not None:
+            target = own
+        else:
+            target, known = self._least_recently_used(request, length)
+            if target is None:
+                return None
+            if siblings > 1 and known < length - 1 and (trunk := self._idle_trunk()) is not None:
+                lift = self._lift(trunk, request, length)
+                target, _ = self._least_recently_used(request, length)
+        source, best, reuse = self._longest_match(request, length, target)
+        if best is target:
+            source, base = None, min(target.base, reuse)
+        else:
+            base = _matching(target.trunk, request, length)
+        if base >= reuse:
+            source, reuse = None, base
+        wave = 0 if source is None else source.wave
+        if base:
+            wave = max(wave, target.trunk.wave)
+            target.trunk.touched = self._tick()
+        if best is not None:
+            best.touched = self._tick()
         self._record(target, request.prefix, length - 1)
-        target.use, target.attempt, target.wave = Use.BUSY, request.attempt, wave
-        return Placement(target.index, None if source is None else source.index, reuse, wave)
+        target.use, target.attempt, target.wave, target.base = Use.BUSY, request.attempt, wave, base
+        return Placement(target.index, source, reuse, base, wave, lift)
 
     def settle(self) -> None:
         """Ends the planning of a visit: what was placed is filled once the visit's waves have run."""
-        for slot in self.slots:
-            slot.wave = -1
+        for filled in (*self.slots, *self._trunks):
+            filled.wave = -1
 
     def hold(self, index: int, turn: Segment) -> None:
         """Appends the turn that ended to its slot's chain; its last token is not in the cache."""
@@ -169,7 +258,7 @@ class SlotTable:
         slot = self.slots[index]
         slot.use, slot.touched = Use.FREE, self._tick()
         if slot.load != self._load:
-            slot.chain, slot.cached, slot.touched = (), 0, -1
+            slot.forget()
 
     def _check_version(self, slot: Slot) -> None:
         if slot.load != self._load:
@@ -179,37 +268,82 @@ class SlotTable:
             )
 
     def _record(self, slot: Slot, chain: tuple[Segment, ...], cached: int) -> None:
+        self._unfind(slot)
+        slot.chain, slot.cached, slot.load, slot.touched = chain, cached, self._load, self._tick()
+        self._by_prompt.setdefault(chain[0], []).append(slot)
+
+    def _unfind(self, slot: Slot) -> None:
         if slot.chain and slot in (old := self._by_prompt.get(slot.chain[0], [])):
             old.remove(slot)
             if not old:
                 del self._by_prompt[slot.chain[0]]
-        slot.chain, slot.cached, slot.load, slot.touched = chain, cached, self._load, self._tick()
-        self._by_prompt.setdefault(chain[0], []).append(slot)
 
-    def _least_recently_used(self) -> Slot | None:
+    def _least_recently_used(self, request: Request, length: int) -> tuple[Slot | None, int]:
+        """A free slot whose trunk has as much of the prefix as any, and how much that is."""
+        known = {trunk.index: _matching(trunk, request, length) for trunk in self._trunks}
+
+        def shared(slot):
+            return known[slot.trunk.index] if slot.trunk else 0
+
         free = (slot for slot in self.slots if slot.use is Use.FREE)
         # Among slots never used, alternate between the shards, so that they prefill equally much.
-        return min(free, key=lambda s: (s.touched, s.index % self._per_shard, s.index), default=None)
+        best = min(free, key=lambda s: (-shared(s), s.touched, s.index % self._per_shard, s.index), default=None)
+        return best, 0 if best is None else shared(best)
 
-    def _longest_match(self, request: Request, length: int, target: Slot) -> tuple[Slot | None, int]:
-        """The slot with most of the prefix; on a tie one that needs no copy, then one that is filled soonest."""
-        best, best_key = None, (0, False, 0)
+    def _idle_trunk(self) -> Trunk | None:
+        """A trunk that nobody reads, in a group with as many free slots as any; the least recently used of these."""
+        free = {trunk.index: sum(slot.use is Use.FREE for slot in trunk.slots) for trunk in self._trunks if trunk.idle}
+        per_shard = len(self._trunks) * self._per_shard // len(self.slots)
+        return min(
+            (trunk for trunk in self._trunks if free.get(trunk.index, 0) > 1),
+            key=lambda t: (-free[t.index], t.touched, t.index % per_shard, t.index),
+            default=None,
+        )
+
+    def _lift(self, trunk: Trunk, request: Request, length: int) -> Lift:
+        """Makes a prefix the trunk; free slots that ended on what was there are forgotten."""
+        source, _, reuse = self._longest_match(request, length, None)
+        wave = 0 if source is None else source.wave
+        for slot in trunk.slots:
+            if slot.use is Use.FREE and slot.base:
+                self._unfind(slot)
+                slot.forget()
+        trunk.chain, trunk.cached, trunk.wave, trunk.touched = request.prefix, length - 1, wave, self._tick()
+        return Lift(trunk.index, source, reuse, wave)
+
+    def _longest_match(
+        self, request: Request, length: int, target: Slot | None
+    ) -> tuple[Source | None, Slot | Trunk | None, int]:
+        """What holds most of the prefix, how to read it, and how much that is.
+
+        On a tie it is one that needs no copy, then one that is filled soonest.
+        """
+        found, best, best_key = None, None, (0, False, 0)
         for slot in self._by_prompt.get(request.prefix[0], ()):
             reuse = min(_common(slot, request), slot.cached, length - 1)
             key = (reuse, slot is target, -slot.wave)
             if reuse and key > best_key:
-                best, best_key = slot, key
-        return best, best_key[0]
+                found, best, best_key = Source(slot.index, slot.base, slot.wave + 1), slot, key
+        for trunk in self._trunks:
+            key = (_matching(trunk, request, length), False, -trunk.wave)
+            if key[0] and key > best_key:
+                found, best, best_key = Source(trunk.slots[0].index, trunk.cached, trunk.wave + 1), trunk, key
+        return found, best, best_key[0]
 
     def _tick(self) -> int:
         self._clock += 1
         return self._clock
 
 
-def _common(slot: Slot, request: Request) -> int:
-    """Tokens of the leading segments that the slot's chain and the request's prefix have in common."""
+def _matching(trunk: Trunk | None, request: Request, length: int) -> int:
+    """Tokens of the prefix that a trunk holds; the last one is never cached."""
+    return 0 if trunk is None else min(_common(trunk, request), trunk.cached, length - 1)
+
+
+def _common(held: Slot | Trunk, request: Request) -> int:
+    """Tokens of the leading segments that a chain and the request's prefix have in common."""
     total = 0
-    for mine, theirs in zip(slot.chain, request.prefix, strict=False):
+    for mine, theirs in zip(held.chain, request.prefix, strict=False):
         if mine is not theirs:
             break
         total += len(mine)
