@@ -419,6 +419,17 @@ def faults_line(budget: Mapping) -> str:
     return f"; faults of ours: {', '.join(parts)}" if parts else ""
 
 
+def keep_programs(folder: pathlib.Path) -> None:
+    """Compiled programs are kept in the folder, or where JAX_COMPILATION_CACHE_DIR says, for the next process.
+
+    All of them: a run has dozens of small ones, whose compile times add up.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.run", description=__doc__.split("\n\n")[0])
     parser.add_argument("experiment", help="a Python file with get_config()")
@@ -431,11 +442,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = override(load(options.experiment), options.assignments)
         # Before the first array: the number of CPU devices and the compile cache cannot change afterwards.
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)
-        if not jax.config.jax_compilation_cache_dir:
-            jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
-        # Whatever its size and time: a run has dozens of small programs, whose compile times add up.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        keep_programs(workdir / "compile_cache")
         show(run(config, workdir, options.resume))
     except (ConfigError, CheckpointError, InfrastructureError) as error:
         print(f"error: {error}", file=sys.stderr)

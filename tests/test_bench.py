@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from elpo_jax.tools.sandbox import probes
-from experiments import bench, bench_sandbox, bench_train, measure
+from experiments import bench, bench_loss, bench_sandbox, measure
 from experiments.measure import TINY
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -156,6 +156,39 @@ def test_the_fork_side_of_the_branch_bench_prefills_nothing(monkeypatch):
     (counts,) = bench.bench_branch(measure.Settings(quick=True, seed=0, runs=3))
     # Four branches after 64 tokens; the slot that holds the prefix is one of the four, and the last token is decoded.
     assert counts == [("fork", 0, 3), ("prefill each", 4 * 63, 0)] * 2
+
+
+def test_the_bench_of_the_cross_entropy_compares_equal_losses_and_their_memory(monkeypatch):
+    settings, compared = measure.Settings(quick=True, seed=0, runs=3), []
+
+    def once(settings, name, case, *sides):
+        compared.append([side.work() for side in sides])
+        return {"case": case}
+
+    monkeypatch.setattr(bench_loss, "compare", once)
+    lines = list(bench_loss.bench_cross_entropy(settings))
+    assert compared == [[128, 128]] * 2 and len({line["case"] for line in lines}) == 2
+    for line in lines:
+        assert line["temp_mb"].keys() == {"chunks", "all logits"}
+        assert 0 < line["temp_ratio"] < 0.6, "a quarter of the logits at a time"
+
+
+def test_the_bench_of_compiling_fills_and_reads_a_cache_of_its_own(monkeypatch):
+    before = bench_loss.jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(bench_loss, "_compile", lambda config: 60 if config.scan_layers else 30)
+    folders = []
+
+    def once(settings, name, case, side, against, unit):
+        folders.append(bench_loss.jax.config.jax_compilation_cache_dir)
+        kept = pathlib.Path(folders[-1]) / "program"
+        kept.touch()
+        side.prepare()
+        return {"case": case, "kept": kept.exists(), "work": (side.work(), against.work())}
+
+    monkeypatch.setattr(bench_loss, "compare", once)
+    cold, warm = bench_loss.bench_compile(measure.Settings(quick=True, seed=0, runs=3))
+    assert (cold["kept"], warm["kept"]) == (False, True) and cold["work"] == warm["work"] == (60, 30)
+    assert len({*folders, before}) == 3 and bench_loss.jax.config.jax_compilation_cache_dir == before
 
 
 def test_attempts_of_the_rollout_bench_are_played_to_the_end():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from elpo_jax.config import SftConfig
 from elpo_jax.model.config import ModelConfig
-from elpo_jax.model.logprob import token_logprobs
+from elpo_jax.model.logprob import summed_loss
 from elpo_jax.model.transformer import init
 from elpo_jax.policy import loss as policy_loss
 from elpo_jax.policy.batch import Batch, demonstration_example, pack
@@ -69,11 +69,11 @@ def test_only_the_models_tokens_are_learned(params, batch, monkeypatch):
     def with_targets(targets):
         """The loss and its gradient where the network reads the batch's tokens but has to predict these."""
 
-        def logprobs(config, params, hidden, tokens, temperature, previous):
-            return token_logprobs(config, params, hidden, targets, temperature, previous)
+        def summed(fn, config, params, hidden, tokens, *rest):
+            return summed_loss(fn, config, params, hidden, targets, *rest)
 
         with monkeypatch.context() as patched:
-            patched.setattr(policy_loss, "token_logprobs", logprobs)
+            patched.setattr(policy_loss, "summed_loss", summed)
             return jax.value_and_grad(make_sft_loss(TINY), has_aux=True)(params, batch, {})
 
     others = (batch.tokens * 7 + 3) % TINY.vocab_size

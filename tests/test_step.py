@@ -1,6 +1,11 @@
 """The train step: sums over micro-batches, AdamW against NumPy, schedules, and steps that are refused."""
 
 import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +19,7 @@ from elpo_jax.train.mesh import MeshConfig, make_mesh, shardings
 from elpo_jax.train.state import TrainState, init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 
+ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ModelConfig(vocab_size=40, d_model=16, layers=1, heads=2, kv_heads=1, head_dim=8, d_ff=24, qkv_bias=True)
 
 
@@ -183,6 +189,52 @@ def test_the_state_is_donated_and_scalars_compile_nothing_new(mesh):
     again, _ = step(again, toy_batch(), {"scale": np.float32(4)})
     assert len(traces) == first > 0
     assert state.params["embed"].is_deleted() and not again.params["embed"].is_deleted()
+
+
+FIRST_STEP = """
+import json, pathlib, sys, time
+import jax
+from experiments.run import keep_programs
+keep_programs(pathlib.Path(sys.argv[1]))
+counts = {}
+jax.monitoring.register_event_listener(lambda event, **_: counts.update({event: counts.get(event, 0) + 1}))
+from elpo_jax.config import Config
+from elpo_jax.policy.batch import empty, stack
+from elpo_jax.policy.loss import make_loss
+from elpo_jax.train.mesh import MeshConfig, make_mesh
+from elpo_jax.train.state import init_state
+from elpo_jax.train.step import make_optimizer, make_train_step
+began, config, steps = time.perf_counter(), Config(), []
+mesh = make_mesh(MeshConfig())
+with jax.set_mesh(mesh):
+    optimizer = make_optimizer(config.rl.optimizer, 100)
+    state = init_state(config.model, optimizer, jax.random.key(0), mesh)
+    step = make_train_step(make_loss(config.model), optimizer, mesh)
+    scalars = {name: jax.numpy.float32(x) for name, x in (config.algo.scalars() | {"temperature": 1.0}).items()}
+    for _ in range(3):
+        state, metrics = step(state, stack(empty(4, 32), 4), scalars)
+        jax.block_until_ready(metrics)
+        steps.append(sum(counts.get(f"/jax/compilation_cache/cache_{kind}", 0) for kind in ("hits", "misses")))
+        seconds = time.perf_counter() - began if len(steps) == 1 else seconds
+kinds = {kind: counts.get(f"/jax/compilation_cache/cache_{kind}", 0) for kind in ("hits", "misses")}
+print(json.dumps(kinds | {"steps": steps, "seconds": seconds}))
+"""
+
+
+def test_a_second_process_compiles_nothing_and_a_second_step_neither(tmp_path):
+    runs = []
+    for _ in range(2):
+        command = [sys.executable, "-c", FIRST_STEP, str(tmp_path)]
+        environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+        runs.append(json.loads(done.stdout))
+    first, second = runs
+    assert first["misses"] > 0 and second["misses"] == 0
+    assert second["hits"] == first["hits"] + first["misses"] > 0
+    assert second["seconds"] < first["seconds"]
+    for run in runs:
+        assert run["steps"][0] == run["steps"][2], "no program is looked for after the first step"
 
 
 def test_bfloat16_parameters_are_refused(mesh):

@@ -17,30 +17,48 @@ from elpo_jax.model.transformer import Params, unembed
 
 SummedLoss = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
-CHUNK_TOKENS = 1024  # with fewer the head's gradient, added up by the chunk, costs more than the products
+CHUNK_TOKENS = 512  # more is no faster on CPUs; much less, and adding up the gradient of the head costs too much
 ROW_AXES = ("data", "fsdp")  # mesh axes that split the rows of a batch
 
 
+@jax.custom_vjp
 def logprob_and_entropy(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Log-probability of given tokens at a temperature, and entropy of the whole distribution at temperature 1.
 
     Args:
       logits: float32 [..., V], at temperature 1.
       tokens: int32 [...].
-      temperature: Scalar > 0 that divides the logits for the log-probability.
+      temperature: Scalar > 0 that divides the logits for the log-probability; it has no gradient.
 
     Returns:
       logp float32 [...] and entropy float32 [...] (paper eq. 3), both in nats. No gradient flows through the entropy,
       which is a measurement.
     """
+    return _logprob_forward(logits, tokens, temperature)[0]
+
+
+def _logprob_forward(logits, tokens, temperature):
     scaled = logits / temperature
-    # A masked sum, not a gather: its gradient is elementwise, and it needs no exchange where V is sharded.
-    chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], scaled, 0.0), axis=-1)
-    logp = chosen - jax.nn.logsumexp(scaled, axis=-1)
-    fixed = jax.lax.stop_gradient(logits)
-    total = jax.nn.logsumexp(fixed, axis=-1)
-    entropy = total - jnp.sum(jnp.exp(fixed - total[..., None]) * fixed, axis=-1)
-    return logp, entropy
+    # A masked sum, not a gather: it needs no exchange where V is sharded.
+    chosen = jnp.sum(jnp.where(_is_token(logits, tokens), scaled, 0.0), axis=-1)
+    scaled_total, total = jax.nn.logsumexp(scaled, axis=-1), jax.nn.logsumexp(logits, axis=-1)
+    entropy = total - jnp.sum(jnp.exp(logits - total[..., None]) * logits, axis=-1)
+    return (chosen - scaled_total, entropy), (logits, tokens, temperature, scaled_total)
+
+
+def _logprob_backward(kept, slopes):
+    """Elementwise from the logits, so that nothing else of their size is kept."""
+    logits, tokens, temperature, scaled_total = kept
+    probabilities = jnp.exp(logits / temperature - scaled_total[..., None])
+    slope = (slopes[0] / temperature)[..., None]
+    return slope * (_is_token(logits, tokens) - probabilities), None, None
+
+
+logprob_and_entropy.defvjp(_logprob_forward, _logprob_backward)
+
+
+def _is_token(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jnp.arange(logits.shape[-1]) == tokens[..., None]
 
 
 def token_logprobs(
@@ -164,7 +182,7 @@ def chunk_columns(rows: int, length: int, parts: int | None = None) -> int:
     if parts is None:
         mesh = jax.sharding.get_abstract_mesh()
         parts = math.prod(mesh.shape[axis] for axis in ROW_AXES if axis in mesh.shape)
-    return min(length, max(32, CHUNK_TOKENS // -(-rows // parts)))
+    return min(length, max(16, CHUNK_TOKENS // -(-rows // parts)))
 
 
 class _Columns(NamedTuple):

@@ -116,9 +116,11 @@ def _dense_forward(x, matrix, dtype, axis):
 def _dense_backward(dtype, axis, kept, slope):
     x, matrix = kept
     slope = slope.astype(x.dtype)
-    # Written without a transpose, and the second over all leading axes: XLA's CPU backend converts the operands of any
-    # other form to float32, which is several times slower, and refuses some.
+    # Written without a transpose, and the second over all leading axes: XLA's CPU backend converts bfloat16 operands of
+    # any other form to float32, which is several times slower, and refuses some. Float32 needs no copy over one axis.
     of_x = _product(slope, matrix.astype(x.dtype), 1 - axis).astype(x.dtype)
+    if x.dtype == jnp.float32:
+        x, slope = x.reshape(-1, x.shape[-1]), slope.reshape(-1, slope.shape[-1])
     pair, leading = ((x, slope), (slope, x))[axis], tuple(range(x.ndim - 1))
     of_matrix = jax.lax.dot_general(*pair, ((leading, leading), ((), ())), preferred_element_type=jnp.float32)
     return of_x, of_matrix.astype(matrix.dtype)

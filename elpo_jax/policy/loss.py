@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from elpo_jax.model.config import ModelConfig
-from elpo_jax.model.logprob import summed_loss, token_logprobs
+from elpo_jax.model.logprob import SummedLoss, summed_loss, token_logprobs
 from elpo_jax.model.transformer import Params, apply
 from elpo_jax.policy.batch import Batch
 
@@ -131,19 +131,12 @@ def make_logprobs(config: ModelConfig, temperature: float) -> Callable[[Params, 
 
 def make_loss(config: ModelConfig) -> LossFn:
     """`policy_loss` as a function (params, batch [B, T], scalars) -> (loss, metrics), for the train step."""
+    return lambda params, batch, scalars: summed(policy_loss, config, params, batch, scalars["temperature"], scalars)
 
-    def loss_fn(params: Params, batch: Batch, scalars: Scalars) -> tuple[jax.Array, Metrics]:
-        hidden, _ = apply(config, params, batch.tokens, batch.positions, ends=batch.ends)
-        return summed_loss(
-            policy_loss,
-            config,
-            params,
-            hidden,
-            batch.tokens,
-            scalars["temperature"],
-            batch,
-            scalars,
-            previous=batch.previous,
-        )
 
-    return loss_fn
+def summed(
+    fn: SummedLoss, config: ModelConfig, params: Params, batch: Batch, temperature: jax.Array | float, scalars: Scalars
+) -> tuple[jax.Array, Metrics]:
+    """`fn(logp, entropy, batch, scalars)`, a sum over tokens, of the policy's log-probabilities of a batch."""
+    hidden, _ = apply(config, params, batch.tokens, batch.positions, ends=batch.ends)
+    return summed_loss(fn, config, params, hidden, batch.tokens, temperature, batch, scalars, batch.previous)

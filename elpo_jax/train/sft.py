@@ -13,9 +13,8 @@ import numpy as np
 
 from elpo_jax.config import SftConfig
 from elpo_jax.model.config import ModelConfig
-from elpo_jax.model.transformer import Params
 from elpo_jax.policy.batch import Batch
-from elpo_jax.policy.loss import LossFn, Metrics, Scalars, logprobs
+from elpo_jax.policy.loss import LossFn, Metrics, Scalars, summed
 from elpo_jax.report.log import MetricsLog
 from elpo_jax.report.progress import Progress
 from elpo_jax.train.checkpoint import Checkpoints
@@ -25,14 +24,13 @@ from elpo_jax.train.state import TrainState
 def make_sft_loss(model: ModelConfig) -> LossFn:
     """Cross-entropy of the model's tokens at temperature 1: - sum weight logp; no scalars are read."""
 
-    def loss_fn(params: Params, batch: Batch, scalars: Scalars) -> tuple[jax.Array, Metrics]:
-        del scalars
-        logp, entropy = logprobs(model, params, batch, 1.0)
-        mask = batch.steps > 0
-        loss = -jnp.sum(batch.weight * jnp.where(mask, logp, 0.0))
-        return loss, {"entropy": jnp.sum(batch.weight * jnp.where(mask, entropy, 0.0))}
+    return lambda params, batch, scalars: summed(_imitation, model, params, batch, 1.0, {})
 
-    return loss_fn
+
+def _imitation(logp: jax.Array, entropy: jax.Array, batch: Batch, scalars: Scalars) -> tuple[jax.Array, Metrics]:
+    mask = batch.steps > 0
+    loss = -jnp.sum(batch.weight * jnp.where(mask, logp, 0.0))
+    return loss, {"entropy": jnp.sum(batch.weight * jnp.where(mask, entropy, 0.0))}
 
 
 def rows_at(step: int, rows: int, available: int, seed: int) -> np.ndarray:
