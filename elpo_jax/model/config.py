@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
+ATTENTION = ("blocks", "pallas", "cudnn")
 ROPE_KINDS = ("none", "linear", "llama3", "yarn")
 
 
@@ -84,6 +85,8 @@ class ModelConfig:
       dtype: Compute dtype of the blocks; norms, softmax and logits are always float32.
       param_dtype: Dtype in which parameters are created and kept; bfloat16 is for inference, training refuses it.
       remat: Recompute each block in the backward pass instead of keeping its activations.
+      attention: What computes attention in training: "blocks", for every backend; "pallas" on a TPU; "cudnn" on a GPU
+        (see `model.tree_attention.attend`).
       source: Folder of the weights to start from; "" for random ones.
 
     Raises:
@@ -105,6 +108,7 @@ class ModelConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
+    attention: str = "blocks"
     source: str = ""
     rope_scaling: RopeScaling = RopeScaling()
 
@@ -126,6 +130,10 @@ class ModelConfig:
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"model.{name} must be one of {', '.join(DTYPES)}, not {getattr(self, name)!r}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"model.attention must be one of {', '.join(ATTENTION)}, not {self.attention!r}")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"model.attention=cudnn needs model.dtype=bfloat16, not {self.dtype}")
 
 
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:

@@ -122,7 +122,7 @@ class Attention(nn.Module):
             q, k = _norm(self, config, "q_norm", q), _norm(self, config, "k_norm", k)
         q, k = attention.rotate(q, angles), attention.rotate(k, angles)
         if layer is None:
-            out = tree_attention.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), sees)
+            out = tree_attention.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), sees, config.attention)
         else:
             layer = write(layer, k, v, positions)
             out = attention.attend(q, layer.k, layer.v, sees)
