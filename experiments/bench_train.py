@@ -42,7 +42,7 @@ def bench_tree(settings: Settings) -> Iterator[dict]:
     tokens that are left lie deeper, and see more); `efficiency` is the speed-up divided by the ratio of tokens.
     `temp_mb` is the working memory of the gradient where all attempts are one micro-batch.
     """
-    shapes = {"S": (SMALL, 128, 8, 24), "S, long": (SMALL, 256, 8, 48), "M": (MEDIUM, 64, 8, 24)}
+    shapes = {"S": (SMALL, 128, 8, 24), "S, long": (SMALL, 256, 8, 48), "M": (MEDIUM, 64, 4, 24)}
     if settings.quick:
         shapes = {"tiny": (TINY, 16, 4, 8)}
     for name, (config, prompt, steps, size) in shapes.items():

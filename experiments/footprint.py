@@ -175,8 +175,10 @@ def update(config: Config, mesh: Mesh | AbstractMesh, micro: int) -> Phase:
     passes = 3 + model.remat
     # With remat all is computed again but the last product, whose result nobody needs.
     per_token = model.layers * 2 * (passes * weights - model.remat * model.d_model * model.d_ff)
-    # Of attention, two products forward, and five backward, one of which makes the scores again.
-    scores = 2 * (7 + 2 * model.remat) * model.heads * model.head_dim * area * model.layers
+    # Of attention, two products forward and four backward, and the scores again, unless they are one block, which XLA
+    # then moves out of the loops and keeps.
+    products = 6 + 2 * model.remat + (block < tokens)
+    scores = 2 * products * model.heads * model.head_dim * area * model.layers
     chunk, columns = _chunks(tokens)
     # Logits are computed again too, unless they come in one piece, where XLA sees that it has them.
     head = (4 if columns > chunk else 3) * 2 * model.d_model * model.vocab_size * columns
