@@ -133,7 +133,7 @@ def _tree(index: int, prompt: Segment, turns: list[Segment]) -> RolloutTree:
 
 
 def torch_step(config: ModelConfig, work: Work, seed: int) -> Callable[[], int]:
-    """The same work with transformers: sample every attempt from its own prefill, then one clipped update in float32."""
+    """The same work with transformers: each attempt is prefilled by itself, then one clipped float32 update."""
     import torch
     import transformers
 

@@ -1,10 +1,12 @@
 """Benches of the update: trees laid out once against their attempts one by one, and the share of the matmul peak.
 
 FLOPs are counted as 6 per parameter and token, without the lookup in the embedding (the output head counts), and 12 per
-visible pair of query and key, layer and unit of width H * N. Causal attention is thus counted halved, and of a tree only
-its ancestors. What is computed beyond that (masked halves of blocks, scores again in the backward pass) is not counted.
+visible pair of query and key, layer and unit of the width H * N. So causal attention is counted halved, and of a tree a
+token's ancestors only. What is computed beyond that is not counted: masked parts of blocks, and what a backward pass
+computes again.
 """
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 
@@ -36,37 +38,33 @@ PEAK_SIZE = 2048  # of the square float32 matrices whose product is the peak
 def bench_tree(settings: Settings) -> Iterator[dict]:
     """Attempts per second of the update on ELPO trees of three levels: every token once, or once per attempt.
 
-    `token_ratio` is how many tokens the attempts have per token of the trees, `efficiency` the speed-up divided by it;
-    `temp_mb` is the working memory of a micro-batch's gradient.
+    `token_ratio` is how many tokens the attempts have per token of the trees, `flop_ratio` the same of operations (the
+    tokens that are left lie deeper, and see more); `efficiency` is the speed-up divided by the ratio of tokens.
+    `temp_mb` is the working memory of the gradient where all attempts are one micro-batch.
     """
-    shapes = {"S": (SMALL, 256, 8, 48), "M": (MEDIUM, 64, 8, 24)}
+    shapes = {"S": (SMALL, 128, 8, 24), "S, long": (SMALL, 256, 8, 48), "M": (MEDIUM, 64, 4, 24)}
     if settings.quick:
         shapes = {"tiny": (TINY, 16, 4, 8)}
     for name, (config, prompt, steps, size) in shapes.items():
         trees = [_tree(np.random.default_rng((settings.seed, i)), prompt, steps, size) for i in range(2)]
-        groups = [policy_examples(tree, assign(tree, elpo())) for tree in trees]
-        examples = normalise([e for group in groups for e in group], elpo(), 1.0)
+        examples = normalise([e for t in trees for e in policy_examples(t, assign(t, elpo()))], elpo(), 1.0)
         longest = max(len(e.tokens) for e in examples)
-        # A row per tree: rows are split over devices.
-        whole = max(int((pack(group, 10**5).positions >= 0).sum()) for group in _by_task(examples, groups))
-        sides = {
-            "each token once": stack(pack(examples, whole), len(trees)),
-            "each attempt alone": stack(pack(examples, longest, share=False), 16),
-        }
-        tokens = {side: int((batch.positions >= 0).sum()) for side, batch in sides.items()}
+        alone = stack(pack(examples, longest, share=False), len(examples))
+        once = stack(pack(examples, -(-max(_unique_tokens(t) for t in trees) // 128) * 128), len(trees))
         run, memory = _updates(config, settings)
-        line = compare(
-            settings,
-            "tree",
-            f"{name}, 2 trees of {len(groups[0])} attempts of {longest} tokens, {steps} steps",
-            *(Side(side, lambda b=batch: run(b) and len(examples)) for side, batch in sides.items()),
-            unit="attempts/s",
-        )
-        ratio = tokens["each attempt alone"] / tokens["each token once"]
+        count = len(examples)
+        sides = [
+            Side(side, lambda run=run, batch=batch, count=count: run(batch, count))
+            for side, batch in (("each token once", once), ("each attempt alone", alone))
+        ]
+        case = f"{name}, 2 trees of {len(examples) // 2} attempts of {longest} tokens in {steps} steps"
+        line = compare(settings, "tree", case, *sides, unit="attempts/s")
+        ratio = (alone.positions >= 0).sum() / (once.positions >= 0).sum()
         yield line | {
-            "token_ratio": round(ratio, 3),
-            "efficiency": round(line["ratio"] / ratio, 3),
-            "temp_mb": {side: round(memory(batch) / 1e6, 1) for side, batch in sides.items()},
+            "token_ratio": round(float(ratio), 3),
+            "flop_ratio": round(flops(config, alone) / flops(config, once), 3),
+            "efficiency": round(line["ratio"] / float(ratio), 3),
+            "temp_mb": [round(memory(batch) / 1e6, 1) for batch in (once, alone)],
         }
 
 
@@ -78,19 +76,18 @@ def bench_update(settings: Settings) -> Iterator[dict]:
     for name, (config, rows, length) in shapes.items():
         rng = np.random.default_rng(settings.seed)
         batch = stack(pack([_chain(rng, config.vocab_size, length) for _ in range(rows)], length), rows)
-        work = flops(config, batch) / 1e9
+        work, case = flops(config, batch) / 1e9, f"{name}, {rows} rows of {length} tokens"
         peak = Side(f"float32 matmul {PEAK_SIZE}^3", _matmul())
         sides = []
         for dtype in ("float32", "bfloat16"):
-            run, _ = _updates(config.__class__(**{**vars(config), "dtype": dtype}), settings)
-            sides.append(Side(f"update in {dtype}", lambda run=run, work=work: run(batch) and work))
+            run, _ = _updates(dataclasses.replace(config, dtype=dtype), settings)
+            sides.append(Side(f"update in {dtype}", lambda run=run, batch=batch, work=work: run(batch, work)))
         if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-            sides.append(Side("transformers in float32", _torch(config, batch, work)))
+            torch = Side("transformers in float32", _torch(config, batch, work))
+            yield compare(settings, "update", case, torch, peak, unit="GFLOP/s")
+            yield compare(settings, "update", case, sides[0], torch, unit="GFLOP/s")
         for side in sides:
-            yield compare(settings, "update", f"{name}, {rows} rows of {length} tokens", side, peak, unit="GFLOP/s")
-        if len(sides) > 2:
-            case = f"{name}, {rows} rows of {length} tokens"
-            yield compare(settings, "update", case, sides[0], sides[2], unit="GFLOP/s")
+            yield compare(settings, "update", case, side, peak, unit="GFLOP/s")
 
 
 def flops(config: ModelConfig, batch: Batch) -> float:
@@ -101,18 +98,18 @@ def flops(config: ModelConfig, batch: Batch) -> float:
     return 6 * (count_params(config) - lookup) * tokens + 12 * config.layers * config.heads * config.head_dim * pairs
 
 
-def _updates(config: ModelConfig, settings: Settings) -> tuple[Callable[[Batch], bool], Callable[[Batch], int]]:
-    """A function that makes one update, and one that says how many bytes a micro-batch's gradient needs to work in."""
+def _updates(config: ModelConfig, settings: Settings) -> tuple[Callable, Callable[[Batch], int]]:
+    """(batch, amount) -> amount, after an update; and batch -> bytes that a micro-batch's gradient needs to work in."""
     mesh, loss = make_mesh(MeshConfig()), make_loss(config)
     optimizer = make_optimizer(OptimizerConfig(), total_steps=1000)
     state = init_state(config, optimizer, jax.random.key(settings.seed), mesh)
     step = make_train_step(loss, optimizer, mesh)
 
-    def run(batch: Batch) -> bool:
+    def run(batch: Batch, amount: float) -> float:
         nonlocal state
         state, metrics = step(state, batch, SCALARS)
         jax.block_until_ready(metrics)
-        return True
+        return amount
 
     def memory(batch: Batch) -> int:
         micro = jax.tree.map(lambda x: x[0], batch)
@@ -126,10 +123,7 @@ def _matmul() -> Callable[[], float]:
     """The product of two square matrices on all devices; returns GFLOP."""
     mesh = make_mesh(MeshConfig())
     x = jax.random.normal(jax.random.key(0), (PEAK_SIZE, PEAK_SIZE), jnp.float32)
-    rows, whole = (
-        jax.device_put(x, NamedSharding(mesh, PartitionSpec(ROWS))),
-        jax.device_put(x, NamedSharding(mesh, PartitionSpec())),
-    )
+    rows, whole = (jax.device_put(x, NamedSharding(mesh, spec)) for spec in (PartitionSpec(ROWS), PartitionSpec()))
     product = jax.jit(jnp.matmul)
 
     def work() -> float:
@@ -232,8 +226,6 @@ def _tree(rng: np.random.Generator, prompt: int, steps: int, size: int) -> Rollo
     return RolloutTree(task, tuple(leaves[:16]))
 
 
-def _by_task(examples, groups):
-    start = 0
-    for group in groups:
-        yield examples[start : start + len(group)]
-        start += len(group)
+def _unique_tokens(tree: RolloutTree) -> int:
+    steps = [tree.leaves[node.leaves[0]].trajectory.steps[node.step - 1] for node in tree.nodes()]
+    return len(tree.leaves[0].trajectory.prompt) + sum(len(s.turn) + len(s.response or ()) for s in steps)

@@ -2,7 +2,8 @@
 
 What lies on a device permanently (parameters, moments, the sampler's parameters and its cache) is exact, by the
 placement tables that the run uses. Working memory and memory traffic are estimates of what XLA makes of the model as it
-is written, with attention scores that are kept whole. Letters as in policy/batch.py.
+is written. Tokens that attempts share are counted in each of them, and attention meets every block of its triangle, so
+of batches of trees these are upper bounds. Letters as in policy/batch.py.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from elpo_jax.config import Config
+from elpo_jax.model import tree_attention
 from elpo_jax.model.cache import block_lengths
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.logprob import chunk_columns
@@ -23,7 +25,8 @@ from elpo_jax.train.mesh import AXES, row_parts, shardings
 from elpo_jax.train.state import TrainState
 from elpo_jax.train.step import Optimizer, make_optimizer
 
-# Passes over the attention scores of a layer in one update: 4 forward, 4 again with either remat, 6 backward.
+# Passes over the attention scores of a layer in one update: 4 forward, 4 again with either remat, 6 backward, if the
+# blocks do not stay in a cache.
 _FORWARD_PASSES, _BACKWARD_PASSES = 4, 6
 
 
@@ -148,7 +151,7 @@ def resident(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
 
 def micro_batches(config: Config, volume: Volume) -> int:
     """Micro-batches of an optimizer step; rows are taken to be full, and the run rounds up (policy/batch.py, stack)."""
-    rows = volume.attempts / config.rl.updates * volume.tokens / config.sampler.context
+    rows = volume.attempts / config.rl.updates * volume.tokens / row_tokens(config)
     return max(1, math.ceil(rows / config.rl.micro_rows))
 
 
@@ -157,38 +160,52 @@ def layer_weights(model: ModelConfig) -> int:
     return 2 * model.d_model * (model.heads + model.kv_heads) * model.head_dim + 3 * model.d_model * model.d_ff
 
 
-def causal_area(tokens: int) -> int:
-    """Pairs of query and key that `model.attention.attend_causal` computes: whole blocks up to the diagonal."""
-    block = max(64, -(-tokens // 8))
-    return sum((min(start + block, tokens) - start) * min(start + block, tokens) for start in range(0, tokens, block))
+def row_tokens(config: Config) -> int:
+    """Tokens of a packed row in RL."""
+    return config.rl.row_tokens or config.sampler.context
+
+
+def attention_steps(tokens: int) -> int:
+    """Pairs of blocks that attention in training meets at most: those on and below the diagonal."""
+    count = -(-tokens // tree_attention.BLOCK)
+    return count * (count + 1) // 2
+
+
+def attention_block(tokens: int) -> int:
+    """Queries, and keys, of a block of attention in training."""
+    return -(-tokens // -(-tokens // tree_attention.BLOCK))
 
 
 def update(config: Config, mesh: Mesh | AbstractMesh, micro: int) -> Phase:
     """One optimizer step of `micro` micro-batches."""
-    model, tokens = config.model, config.sampler.context
+    model, tokens = config.model, row_tokens(config)
     split = _split(model, mesh)
     rows = -(-config.rl.micro_rows // row_parts(mesh))
-    weights, area, element = layer_weights(model), causal_area(tokens), jnp.dtype(model.dtype).itemsize
+    weights, element, block = layer_weights(model), jnp.dtype(model.dtype).itemsize, attention_block(tokens)
+    area = attention_steps(tokens) * block**2  # pairs of query and key
     again, all_again = model.remat != "none", model.remat == "full"
     passes = 3 + all_again
     # With full remat all is computed again but the last product, whose result nobody needs.
     per_token = model.layers * 2 * (passes * weights - all_again * model.d_model * model.d_ff)
-    scores = 4 * model.heads * model.head_dim * area * (3 + again) * model.layers
+    # Of attention, two products forward and four backward, and the scores again, unless they are one block, which XLA
+    # then moves out of the loops and keeps.
+    products = 6 + 2 * again + (block < tokens)
+    scores = 2 * products * model.heads * model.head_dim * area * model.layers
     chunk = chunk_columns(rows, tokens, parts=1)
     columns = -(-tokens // chunk) * chunk
     head = 3 * 2 * model.d_model * model.vocab_size * columns
     flops = micro * rows * (tokens * per_token + head + scores) / split.tensor
 
     local = bytes_per_device(abstract_state(config, mesh).params)
-    kept = rows * model.heads / split.heads * area  # scores of a layer
+    heads = rows * model.heads / split.heads
     wide = rows * tokens * (6 * model.d_model + (4 * model.d_ff + 3 * _attention_width(model)) / split.tensor)
     score_passes = _FORWARD_PASSES * (1 + again) + _BACKWARD_PASSES
-    layer_traffic = kept * score_passes * 4 + (wide * element + weights / split.tensor * element) * passes
+    layer_traffic = heads * area * score_passes * 4 + (wide * element + weights / split.tensor * element) * passes
     traffic = micro * model.layers * layer_traffic + 9 * local  # gradients, parameters and both moments
 
-    # What a layer keeps for its backward pass: weights of the attention before and after the cast, and activations.
-    layer = kept * (4 + (element if element < 4 else 0)) + wide * element
-    block = rows * model.heads / split.heads * max(64, -(-tokens // 8)) * tokens * 4
+    # What a layer keeps for its backward pass: activations, and of attention its output and a number per query.
+    layer = wide * element + heads * tokens * (model.head_dim * element + 4)
+    scored = heads * (3 * block**2 + 3 * tokens * model.head_dim) * 4  # one block, and sums over all of them
     inputs = rows * tokens * model.d_model * element
     results = model.d_model + (model.heads + 2 * model.kv_heads) * model.head_dim + model.d_model + 2 * model.d_ff
     saved = {
@@ -198,7 +215,7 @@ def update(config: Config, mesh: Mesh | AbstractMesh, micro: int) -> Phase:
     }[model.remat]
     logits = rows * chunk * model.vocab_size / split.tensor * 4
     matrices = weights / split.tensor * (element + 4)  # one layer gathered, and its gradient before it is scattered
-    working = saved + 3 * block + rows * tokens**2 + 3 * logits + matrices + 2 * local
+    working = saved + scored + 3 * logits + matrices + 2 * local
     return Phase(flops, traffic, working)
 
 

@@ -67,15 +67,20 @@ class _Instruction:
     rest: str  # operands and attributes
 
 
-def work_of(text: str) -> Work:
-    """Reads the text of an optimised HLO module, such as `compiled.as_text()`."""
+def work_of(text: str, most_trips: int | None = None) -> Work:
+    """Reads the text of an optimised HLO module, such as `compiled.as_text()`.
+
+    Args:
+      text: The module.
+      most_trips: Trips that loops make at most whose number depends on the data; None where there should be none.
+    """
     computations, entry = _computations(text)
     flops, traffic, unknown = 0.0, {}, 0
-    for instruction, shapes, times in _executed(computations, entry, 1):
+    for instruction, shapes, times in _executed(computations, entry, 1, most_trips or 1):
         if instruction.opcode == "dot":
             flops += times * _dot(instruction, shapes)
         elif instruction.opcode == "while":
-            unknown += not _TRIPS.search(instruction.rest)
+            unknown += most_trips is None and not _TRIPS.search(instruction.rest)
         elif (kind := instruction.opcode.removesuffix("-start")) in KINDS:
             size, parties = _payload(instruction, kind)
             if parties > 1:
@@ -110,7 +115,7 @@ def _instruction(name: str, text: str) -> _Instruction:
 
 
 def _executed(
-    computations: dict[str, list[_Instruction]], name: str, times: float
+    computations: dict[str, list[_Instruction]], name: str, times: float, most_trips: int
 ) -> Iterator[tuple[_Instruction, dict[str, str], float]]:
     """Every instruction that runs, with the shapes of its computation and how often it runs."""
     instructions = computations[name]
@@ -119,10 +124,13 @@ def _executed(
         yield instruction, shapes, times
         if instruction.opcode in KINDS or "reduce" in instruction.opcode or instruction.opcode in ("sort", "scatter"):
             continue  # what they call is for single elements
-        trips = _TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
+        trips = 1
+        if instruction.opcode == "while":
+            known = _TRIPS.search(instruction.rest)
+            trips = int(known[1]) if known else most_trips
         for one, several in _CALLED.findall(instruction.rest):
             for called in [one] if one else re.findall(r"%([\w.-]+)", several):
-                yield from _executed(computations, called, times * int(trips[1] if trips else 1))
+                yield from _executed(computations, called, times * trips, most_trips)
 
 
 def _arrays(shape: str) -> list[tuple[float, list[int]]]:

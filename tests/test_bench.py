@@ -1,14 +1,18 @@
 """The benches print what scripts read, and compare fairly. No test looks at a speed."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 
+from elpo_jax.model.config import count_params
 from elpo_jax.tools.sandbox import probes
-from experiments import bench, bench_loss, bench_sandbox, measure
+from experiments import bench, bench_loss, bench_sandbox, bench_train, measure
 from experiments.measure import TINY
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -104,7 +108,7 @@ def test_bad_arguments_are_refused(capsys, arguments, message):
 
 def test_sides_take_turns_and_report_medians(monkeypatch):
     clock, calls = [0.0], []
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
 
     def side(name, seconds):
         durations = iter(seconds)
@@ -201,3 +205,26 @@ def test_attempts_of_the_rollout_bench_are_played_to_the_end():
         tokens.add(bench._play(sampler, attempts=7, turns=2, settings=settings))
         assert sampler.free_slots == slots
     assert len(tokens) == 1 and 14 * 8 <= tokens.pop() <= 14 * 48
+
+
+@pytest.mark.slow
+def test_the_benches_of_the_update_say_what_a_tree_saves_and_what_the_machine_can_do(monkeypatch):
+    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: None)  # without torch
+    settings = measure.Settings(quick=True, seed=0, runs=3)
+    (tree,) = bench_train.bench_tree(settings)
+    assert tree["token_ratio"] > tree["flop_ratio"] > 1.5
+    assert tree["efficiency"] == pytest.approx(tree["ratio"] / tree["token_ratio"], rel=0.01)
+    assert 0 < tree["temp_mb"][0] < tree["temp_mb"][1]
+    lines = list(bench_train.bench_update(settings))
+    assert [line["sides"] for line in lines] == [
+        [f"update in {dtype}", "float32 matmul 2048^3"] for dtype in ("float32", "bfloat16")
+    ]
+
+
+def test_operations_are_counted_by_visible_pairs():
+    """Three tokens and two branches of two: 3 + 2 + 2 tokens, which see 1 + 2 + 3 and twice 4 + 5 keys."""
+    config = dataclasses.replace(TINY, tied=False)
+    positions = np.array([[[0, 1, 2, 3, 4, 3, 4, -1]]], np.int32)
+    batch = types.SimpleNamespace(positions=positions)
+    network = count_params(config) - config.vocab_size * config.d_model
+    assert bench_train.flops(config, batch) == 6 * network * 7 + 12 * config.layers * 2 * 16 * (6 + 2 * 9)

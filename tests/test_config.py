@@ -204,3 +204,9 @@ def test_differences_name_the_key_and_both_values():
     assert differences(old, old) == []
     assert differences(old, new) == ["seed: 0 -> 3"]
     assert differences({"a": {"b": 1}}, {"a": {}}) == ["a.b: 1 -> '(missing)'"]
+
+
+def test_rows_hold_at_least_the_longest_attempt():
+    override(Config(), ["rl.row_tokens=4096"]).check()
+    with pytest.raises(ConfigError, match=r"rl.row_tokens=100 is less than sampler.context=\d+"):
+        override(Config(), ["rl.row_tokens=100"]).check()

@@ -531,6 +531,8 @@ def test_published_shapes_fit():
         ({"head_dim": 7}, "model.head_dim=7 must be even"),
         ({"layers": 0}, "model.layers must be a positive integer, not 0"),
         ({"d_ff": 2.5}, "model.d_ff must be a positive integer, not 2.5"),
+        ({"attention": "flash"}, "model.attention must be one of blocks, pallas, cudnn, not 'flash'"),
+        ({"attention": "cudnn"}, "model.attention=cudnn needs model.dtype=bfloat16, not float32"),
         ({"dtype": "float16"}, "model.dtype must be one of float32, bfloat16, not 'float16'"),
         ({"rope_theta": 0.0}, "model.rope_theta must be positive"),
         ({"norm_eps": float("inf")}, "model.norm_eps must be positive"),

@@ -1,4 +1,9 @@
-"""Attention over trees against float64 NumPy, forward and backward, and what is kept for the backward pass."""
+"""Attention over trees against float64 NumPy, forward and backward, and its other implementations against the first.
+
+The kernels for TPUs are run by Pallas' interpreter; that they lower to Mosaic is all that is known of a real one.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elpo_jax.model import tree_attention
+from elpo_jax.model import tree_attention, tree_kernel
 from elpo_jax.model.tree_attention import attend
 
 
@@ -41,9 +46,9 @@ def random_inputs(rng, rows, tokens, heads, kv_heads, width):
     return [rng.normal(size=shape).astype(np.float32) for shape in (*shapes, shapes[0])]
 
 
-@jax.jit
-def with_gradient(q, k, v, slope, ends):
-    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, ends), q, k, v)
+@functools.partial(jax.jit, static_argnums=5)
+def with_gradient(q, k, v, slope, ends, implementation="blocks"):
+    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, ends, implementation), q, k, v)
     return out, *pull(slope)
 
 
@@ -117,3 +122,64 @@ def test_the_backward_pass_holds_no_scores():
     activations = 4 * rows * heads * tokens * width
     scores = 4 * rows * heads * tokens * tokens
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * activations < scores / 4
+
+
+# Other implementations
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from([(5, 8), (16, 16), (41, 8), (48, 16)]), st.sampled_from([(4, 2), (3, 1)]))
+def test_the_kernels_equal_the_portable_path(seed, shape, heads):
+    """Forward and backward, lengths that the block does not divide, padding, trees that begin within a block."""
+    (tokens, block), rng = shape, np.random.default_rng(seed)
+    ends, inputs = random_ends(rng, 3, tokens), random_inputs(rng, 3, tokens, *heads, 8)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tree_kernel, "BLOCK", block)
+        with_gradient.clear_cache()
+        close(with_gradient(*inputs, ends, "pallas"), with_gradient(*inputs, ends))
+
+
+def test_the_kernels_in_bfloat16_are_near():
+    rng = np.random.default_rng(0)
+    ends, inputs = random_ends(rng, 2, 300), random_inputs(rng, 2, 300, 4, 2, 16)
+    half = [x.astype(jnp.bfloat16) for x in inputs]
+    for ours, theirs in zip(with_gradient(*half, ends, "pallas"), with_gradient(*inputs, ends), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(np.float32), theirs, atol=0.03 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernels_lower_for_a_tpu(dtype):
+    rows, kv_heads, group, tokens, width = 2, 2, 4, 2 * tree_kernel.BLOCK, 128
+    q, k, v = (rows, kv_heads, group, tokens, width), (rows, kv_heads, width, tokens), (rows, kv_heads, tokens, width)
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (q, k, v)]
+
+    def both(q, k, v, ends):
+        out, pull = jax.vjp(lambda q, k, v: tree_kernel.attend_blocks(q, k, v, ends), q, k, v)
+        return pull(out)
+
+    lowered = (
+        jax.jit(both).trace(*shapes, jax.ShapeDtypeStruct((rows, tokens), jnp.int32)).lower(lowering_platforms=("tpu",))
+    )
+    assert lowered.as_text().count("tpu_custom_call") == 3  # forward, by queries, by keys and values
+
+
+def test_the_table_of_blocks_names_each_row_its_own():
+    """A chain of three blocks beside a trunk with two branches: the second branch does not see the first."""
+    ends = np.stack([np.full(24, 24), np.repeat([24, 16, 24], 8)]).astype(np.int32)
+    visible = tree_kernel._visible(jnp.asarray(ends), 8)
+    table, counts = tree_kernel._table(visible)
+    np.testing.assert_array_equal(counts, [[1, 2, 3], [1, 2, 2]])
+    np.testing.assert_array_equal(table[1], [[0, 0, 0], [0, 1, 1], [0, 2, 2]])  # the last one is repeated
+    by_keys, counts = tree_kernel._table(visible.swapaxes(1, 2))
+    np.testing.assert_array_equal(counts, [[3, 2, 1], [3, 1, 1]])
+    np.testing.assert_array_equal(by_keys[1, 0], [0, 1, 2])
+
+
+def test_the_library_is_given_the_same_mask():
+    """What cuDNN would be asked for, computed by XLA; a query that sees nothing is nobody's business."""
+    rng = np.random.default_rng(1)
+    ends, inputs = random_ends(rng, 3, 40), random_inputs(rng, 3, 40, 4, 2, 8)
+    inputs[3] *= (ends > 0)[:, :, None, None]
+    ours, theirs = with_gradient(*inputs, ends, "xla"), with_gradient(*inputs, ends)
+    close([ours[0] * (ends > 0)[:, :, None, None], *ours[1:]], theirs)

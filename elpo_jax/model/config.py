@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
+ATTENTION = ("blocks", "pallas", "cudnn")
 ROPE_KINDS = ("none", "linear", "llama3", "yarn")
 REMAT = ("none", "dots", "full")
 
@@ -89,6 +90,8 @@ class ModelConfig:
         products with parameters; "full", everything but its input.
       scan_layers: Training runs the layers as a loop over one compiled block: compiles faster, but copies the
         parameters. Prefill and decode, whose caches are updated in place, do not.
+      attention: What computes attention in training: "blocks", for every backend; "pallas" on a TPU; "cudnn" on a GPU
+        (see `model.tree_attention.attend`).
       source: Folder of the weights to start from; "" for random ones.
 
     Raises:
@@ -111,6 +114,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = False
+    attention: str = "blocks"
     source: str = ""
     rope_scaling: RopeScaling = RopeScaling()
 
@@ -134,6 +138,10 @@ class ModelConfig:
                 raise ValueError(f"model.{name} must be one of {', '.join(DTYPES)}, not {getattr(self, name)!r}")
         if self.remat not in REMAT:
             raise ValueError(f"model.remat must be one of {', '.join(REMAT)}, not {self.remat!r}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"model.attention must be one of {', '.join(ATTENTION)}, not {self.attention!r}")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"model.attention=cudnn needs model.dtype=bfloat16, not {self.dtype}")
 
 
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:

@@ -82,8 +82,8 @@ def token_logprobs(
       hidden: [B, T, D], from `apply`.
       tokens: int32 [B, T].
       temperature: Scalar > 0, traced; divides the logits exactly as it divided the sampler's.
-      previous: int32 [B, T], column of the token before each one in its branch, -1 where there is none. None where it is
-        the column before.
+      previous: int32 [B, T], column of the token before each one in its branch, -1 where there is none. None where that
+        is the column before.
       chunk: Columns whose logits exist at once; None for about `CHUNK_TOKENS` tokens of a device.
 
     Returns:

@@ -185,7 +185,7 @@ class Attention(nn.Module):
             q, k = _norm(self, config, "q_norm", q), _norm(self, config, "k_norm", k)
         q, k = attention.rotate(q, angles), attention.rotate(k, angles)
         if layer is None:
-            out = tree_attention.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), sees)
+            out = tree_attention.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), sees, config.attention)
         else:
             layer = layer._replace(own=kv.write(layer.own, k, v, sees))
             out = kv.attend(layer, q, sees)

@@ -25,18 +25,35 @@ _cut = jax.lax.dynamic_slice_in_dim
 _put = jax.lax.dynamic_update_slice_in_dim
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array, implementation: str = "blocks") -> jax.Array:
     """Grouped-query softmax attention of every token to its ancestors and itself; the softmax is float32.
+
+    - "blocks", the default: plain XLA, for every backend and mesh; a block is skipped where no row of the batch needs
+      it. Run and measured on CPUs.
+    - "pallas": the kernels of `tree_kernel`, for a TPU; each row skips for itself. On other backends the interpreter
+      runs them. Not on meshes of several devices: XLA cannot split a kernel. No TPU has run them yet.
+    - "cudnn": `jax.nn.dot_product_attention`, for GPUs, with the mask written out: B * T * T elements, and no block is
+      skipped but those above the diagonal, so for short rows. It takes bfloat16 only. No GPU has run it here yet.
 
     Args:
       q: [B, T, H, N].
       k: [B, K, N, T].
       v: [B, K, T, N].
       ends: int32 [B, T], one past the column of each token's last descendant, or of itself; 0 at padding.
+      implementation: See above.
 
     Returns:
-      [B, T, H, N] in the dtype of `v`; 0 for queries that see no key.
+      [B, T, H, N] in the dtype of `v`; 0 for queries that see no key, but what nobody should read with "cudnn".
     """
+    match implementation:
+        case "blocks":
+            return _by_blocks(q, k, v, ends)
+        case "pallas":
+            return _by_kernel(q, k, v, ends)
+    return _by_library(q, k, v, ends, implementation)
+
+
+def _by_blocks(q, k, v, ends):
     rows, tokens, heads, width = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
@@ -51,6 +68,28 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) -> jax.Arr
     out = _blockwise(q, k, v, jnp.pad(ends, ((0, 0), padding)), block)
     out = out.reshape(rows, kv_heads, count * block, group, width)[:, :, :tokens]
     return out.swapaxes(1, 2).reshape(rows, tokens, heads, width)
+
+
+def _by_kernel(q, k, v, ends):
+    from elpo_jax.model import tree_kernel  # Pallas takes a second to import, and most runs do without it
+
+    rows, tokens, heads, width = q.shape
+    kv_heads = k.shape[1]
+    padding = (0, -tokens % tree_kernel.BLOCK)
+    q = jnp.pad((q * width**-0.5).swapaxes(1, 2), ((0, 0), (0, 0), padding, (0, 0)))
+    k = jnp.pad(k, ((0, 0), (0, 0), (0, 0), padding))
+    v = jnp.pad(v, ((0, 0), (0, 0), padding, (0, 0)))
+    q = q.reshape(rows, kv_heads, heads // kv_heads, -1, width)
+    interpret = jax.default_backend() != "tpu"
+    out = tree_kernel.attend_blocks(q, k, v, jnp.pad(ends, ((0, 0), padding)), tree_kernel.BLOCK, interpret)
+    return out.reshape(rows, heads, -1, width)[:, :, :tokens].swapaxes(1, 2)
+
+
+def _by_library(q, k, v, ends, implementation):
+    columns = jnp.arange(q.shape[1])
+    mask = (columns <= columns[:, None]) & (columns[:, None] < ends[:, None])  # [B, query, key]
+    keys, values = k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
+    return jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None], implementation=implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

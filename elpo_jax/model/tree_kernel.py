@@ -188,7 +188,7 @@ def _visible(ends, block):
 
 
 def _table(visible):
-    """For each line of blocks the true ones, first, and how many they are: int32 [B, blocks, blocks] and [B, blocks]."""
+    """For each line of blocks the true ones, first, and how many: int32 [B, blocks, blocks] and [B, blocks]."""
     counts = visible.sum(axis=2, dtype=jnp.int32)
     order = jnp.argsort(~visible, axis=2, stable=True).astype(jnp.int32)
     place = jnp.minimum(jnp.arange(visible.shape[2]), jnp.maximum(counts - 1, 0)[..., None])
