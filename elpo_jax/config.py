@@ -200,6 +200,8 @@ class RolloutConfig:
     Attributes:
       temperature: Divides the logits in the sampler and in the trainer.
       max_turn_tokens: Longest turn; a longer one is cut and the attempt fails.
+      tool_visits: Bursts of decoding (`sampler.steps_per_visit` tokens each) that every tool has before its answer is
+        waited for: with more of them slow tools hold nobody up, and attempts with quick ones idle for longer.
       sandbox: What isolates model-written programs: "auto" for the strongest that works here, or "namespaces",
         "landlock", "remote" or, at your own risk, "unsafe" (docs/sandbox.md).
       interpreter_workers: Processes that run model-written programs.
@@ -214,6 +216,7 @@ class RolloutConfig:
 
     temperature: float = 1.0
     max_turn_tokens: int = 64
+    tool_visits: int = 1
     sandbox: Literal["auto", "namespaces", "landlock", "remote", "unsafe"] = "auto"
     interpreter_workers: int = 2
     interpreter_seconds: float = 2.0
@@ -222,6 +225,10 @@ class RolloutConfig:
     interpreter_tokens: int = 128
     interpreter_traceback: Literal["frames", "last_line"] = "last_line"
     interpreter_reference: bool = False
+
+    def __post_init__(self):
+        if self.tool_visits < 1:
+            raise ValueError(f"rollout.tool_visits={self.tool_visits} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from elpo_jax.train.state import init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory
 from elpo_jax.trees.tree import Leaf, RolloutTree
-from experiments.measure import PEER_MODELS, Settings, Side, compare
+from experiments.measure import Settings, Side, compare
 from experiments.peers import Work, qwen3_config, trl_stepper, tunix_stepper
 
 PEERS = {"trl": ("TRL GRPOTrainer", trl_stepper), "tunix": ("google-tunix GRPOLearner", tunix_stepper)}
@@ -35,7 +35,7 @@ BRANCHES = Work(prompts=1, group=16, prompt=512, new=128)
 def bench_rl(settings: Settings) -> Iterator[dict]:
     """Steps per second of a flat step, float32 and with bfloat16 updates, against TRL and google-tunix."""
     work = Work(prompts=2, group=4, prompt=8, new=8) if settings.quick else Work()
-    for name, config in PEER_MODELS(settings).items():
+    for name, config in settings.models("S", "M").items():
         for peer, (title, stepper) in PEERS.items():
             case = f"{name}, {work.prompts} prompts x {work.group} attempts x {work.new} tokens"
             if missing(peer):
@@ -57,7 +57,7 @@ def bench_rl(settings: Settings) -> Iterator[dict]:
 def bench_elpo(settings: Settings) -> Iterator[dict]:
     """Branches of one prefix and an update on their tree, against transformers: every branch prefilled and trained."""
     work = Work(prompts=1, group=4, prompt=32, new=8) if settings.quick else BRANCHES
-    for name, config in PEER_MODELS(settings).items():
+    for name, config in settings.models("S", "M").items():
         case = f"{name}, {work.group} branches x {work.new} tokens after {work.prompt}"
         if missing("torch") or missing("transformers"):
             yield {"bench": "elpo", "case": case, "skipped": "torch or transformers is not installed", "remedy": REMEDY}

@@ -131,8 +131,8 @@ class Recorder:
         self.spans.append(Span(phase, began - self._began, time.perf_counter() - self._began))
 
 
-def bench_timeline(settings: Settings, out: pathlib.Path | None) -> Iterator[dict]:
-    """Seconds by phase of one ELPO step of the quickstart; the picture goes to `out`."""
+def bench_timeline(settings: Settings) -> Iterator[dict]:
+    """Seconds by phase of one ELPO step of the quickstart, and a picture."""
     config = override(get_config(), [f"seed={settings.seed}", *SHORT[settings.quick]])
     with tempfile.TemporaryDirectory() as folder:
         spans, elapsed, row = record(config, pathlib.Path(folder))
@@ -149,8 +149,8 @@ def bench_timeline(settings: Settings, out: pathlib.Path | None) -> Iterator[dic
         "model_tokens": row["rollout/model_tokens"],
         "slot_use": round(row["rollout/slot_use"], 3),
     }
-    if out is not None:
-        draw(spans, elapsed, line["case"], out / "timeline.png")
+    if settings.out is not None:
+        draw(spans, elapsed, line["case"], settings.out / "timeline.png")
         line["picture"] = "timeline.png"
     yield line
 

@@ -27,10 +27,8 @@ from elpo_jax.train.state import init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory
 from elpo_jax.trees.tree import Leaf, RolloutTree
-from experiments.measure import MODELS, TINY, Settings, Side, compare
+from experiments.measure import TINY, M, S, Settings, Side, compare
 
-SMALL = MODELS["3M"]
-MEDIUM = ModelConfig(vocab_size=32000, d_model=512, layers=8, heads=8, kv_heads=4, head_dim=64, d_ff=1536, qk_norm=True)
 SCALARS = {name: np.float32(x) for name, x in (elpo().scalars() | {"temperature": 1.0}).items()}
 PEAK_SIZE = 2048  # of the square float32 matrices whose product is the peak
 
@@ -42,7 +40,7 @@ def bench_tree(settings: Settings) -> Iterator[dict]:
     tokens that are left lie deeper, and see more); `efficiency` is the speed-up divided by the ratio of tokens.
     `temp_mb` is the working memory of the gradient where all attempts are one micro-batch.
     """
-    shapes = {"S": (SMALL, 128, 8, 24), "S, long": (SMALL, 256, 8, 48), "M": (MEDIUM, 64, 4, 24)}
+    shapes = {"S": (S, 128, 8, 24), "S, long": (S, 256, 8, 48), "M": (M, 64, 4, 24)}
     if settings.quick:
         shapes = {"tiny": (TINY, 16, 4, 8)}
     for name, (config, prompt, steps, size) in shapes.items():
@@ -70,7 +68,7 @@ def bench_tree(settings: Settings) -> Iterator[dict]:
 
 def bench_update(settings: Settings) -> Iterator[dict]:
     """GFLOP/s of the update on full rows, against the machine's float32 matmul and, where it is installed, torch."""
-    shapes = {"S": (SMALL, 16, 256), "M": (MEDIUM, 8, 256)}
+    shapes = {"S": (S, 16, 256), "M": (M, 8, 256)}
     if settings.quick:
         shapes = {"tiny": (TINY, 4, 64)}
     for name, (config, rows, length) in shapes.items():

@@ -1,6 +1,11 @@
-"""What the benches share: the networks, the settings, and a comparison of two sides that take turns."""
+"""How a bench measures: the sides of a comparison take turns (A, B, A, B, ...), and figures are medians.
+
+The first round compiles and starts everything and is not timed. Rates of a shared machine move by tens of percent, so
+read the ratios.
+"""
 
 import dataclasses
+import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -9,10 +14,9 @@ from elpo_jax.config import Config
 from elpo_jax.model.config import ModelConfig
 
 TINY = ModelConfig(vocab_size=512, d_model=32, layers=1, heads=2, kv_heads=1, head_dim=16, d_ff=64)
-MODELS = {
-    "0.4M": Config().model,  # the quickstart's
-    "3M": ModelConfig(vocab_size=512, d_model=256, layers=4, heads=8, kv_heads=4, head_dim=32, d_ff=768, qk_norm=True),
-}
+S = ModelConfig(vocab_size=512, d_model=256, layers=4, heads=8, kv_heads=4, head_dim=32, d_ff=768, qk_norm=True)
+M = ModelConfig(vocab_size=32768, d_model=512, layers=8, heads=8, kv_heads=4, head_dim=64, d_ff=1536, qk_norm=True)
+MODELS = {"0.4M": Config().model, "S": S, "M": M}  # the quickstart's, 3.3 M and 41.6 M parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +26,11 @@ class Settings:
     quick: bool
     seed: int
     runs: int
+    out: pathlib.Path | None = None  # folder for pictures
 
-    def models(self) -> dict[str, ModelConfig]:
-        return {"tiny": TINY} if self.quick else MODELS
+    def models(self, *names: str) -> dict[str, ModelConfig]:
+        """The named models, or the two smaller ones; with --quick a tiny one alone."""
+        return {"tiny": TINY} if self.quick else {name: MODELS[name] for name in names or ("0.4M", "S")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +42,34 @@ class Side:
     prepare: Callable[[], None] = lambda: None
 
 
+def rates(settings: Settings, *sides: Side) -> list[float]:
+    """The median rate of each side, in units per second; they take turns."""
+    found: list[list[float]] = [[] for _ in sides]
+    for run in range(-1, settings.runs):  # the first compiles
+        for side, mine in zip(sides, found, strict=True):
+            side.prepare()
+            began = time.perf_counter()
+            amount = side.work()
+            if run >= 0:
+                mine.append(amount / (time.perf_counter() - began))
+    return [statistics.median(mine) for mine in found]
+
+
 def compare(settings: Settings, bench: str, case: str, side: Side, against: Side, unit: str = "tokens/s") -> dict:
     """Median rates of two sides that take turns, as one line of output."""
-    rates = {side.name: [], against.name: []}
-    for run in range(-1, settings.runs):  # the first compiles
-        for one in (side, against):
-            one.prepare()
-            began = time.perf_counter()
-            amount = one.work()
-            if run >= 0:
-                rates[one.name].append(amount / (time.perf_counter() - began))
-    value, reference = (statistics.median(rates[one.name]) for one in (side, against))
+    value, reference = rates(settings, side, against)
+    return line(settings, bench, case, value, reference, unit, [side.name, against.name])
+
+
+def line(settings: Settings, bench: str, case: str, value: float, against: float, unit: str, sides: list[str]) -> dict:
+    """One measurement as it is printed."""
     return {
         "bench": bench,
         "case": case,
         "value": round(value, 1),
         "unit": unit,
-        "against": round(reference, 1),
-        "ratio": round(value / reference, 3),
+        "against": round(against, 1),
+        "ratio": round(value / against, 3),
         "runs": settings.runs,
-        "sides": [side.name, against.name],
+        "sides": sides,
     }

@@ -1,18 +1,20 @@
 """The benches print what scripts read, and compare fairly. No test looks at a speed."""
 
-import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from elpo_jax.model.config import count_params
+from elpo_jax.model.transformer import init
+from elpo_jax.rollout.sampler import Sampler, SamplerConfig
 from elpo_jax.tools.sandbox import probes
-from experiments import bench, bench_loss, bench_sandbox, bench_train, measure
+from experiments import bench, bench_loss, bench_rollout, bench_sandbox, bench_train, measure
 from experiments.measure import TINY
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,13 +27,18 @@ def run(*arguments):
 
 @pytest.mark.slow
 def test_every_bench_prints_one_json_line_per_measurement():
-    done = run("rollout", "branch", "train", "--quick", "--seed", "5")
+    done = run("rollout", "branch", "decode", "train", "--quick", "--seed", "5")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["bench"] for line in lines] == ["rollout", "rollout", "branch", "train"]
-    assert len({(line["bench"], line["case"]) for line in lines}) == 4
+    if "no comparison with transformers" not in done.stderr:
+        theirs = lines.pop(1)
+        assert theirs["sides"][0] == "sampler" and theirs["sides"][1].startswith("transformers, ")
+    units = {"rollout": ["tokens/s", "% of slot steps"], "branch": ["tokens/s"], "train": ["tokens/s"]}
+    units["decode"] = ["us/token", "draws/s", "draws/s"]
+    for name, expected in units.items():
+        assert [line["unit"] for line in lines if line["bench"] == name] == expected
     for line in lines:
-        assert line["unit"] == "tokens/s" and line["runs"] == 3 and line["seed"] == 5
+        assert line["runs"] == 3 and line["seed"] == 5
         assert {"commit", "processor", "devices", "jax"} <= set(line), "a figure says where it was made"
         assert line["value"] > 0 and line["against"] > 0
         assert line["ratio"] == pytest.approx(line["value"] / line["against"], rel=1e-2)
@@ -134,15 +141,15 @@ def test_sides_take_turns_and_report_medians(monkeypatch):
 def test_the_fork_side_of_the_branch_bench_prefills_nothing(monkeypatch):
     """Only so is its rate that of forking; the other side computes every prefix again, in every run."""
     prefilled, forked = [], []
-    prefill, fork = bench.Sampler._run_prefill, bench.Sampler._fork_rows
+    prefill, fork = Sampler._run_prefill, Sampler._copy
 
-    def counting_prefill(self, group, rows, tokens):
-        prefilled.append(sum(len(ids) for _, _, ids in group))
-        return prefill(self, group, rows, tokens)
+    def counting_prefill(self, group, *shape, **kind):
+        prefilled.append(sum(len(piece.ids) for piece in group))
+        return prefill(self, group, *shape, **kind)
 
-    def counting_fork(self, pairs):
-        forked.append(len(pairs))
-        return fork(self, pairs)
+    def counting_fork(self, forks):
+        forked.append(len(forks))
+        return fork(self, forks)
 
     def count(settings, name, case, *sides):
         counts = []
@@ -154,12 +161,24 @@ def test_the_fork_side_of_the_branch_bench_prefills_nothing(monkeypatch):
             counts.append((side.name, sum(prefilled), sum(forked)))
         return counts
 
-    monkeypatch.setattr(bench.Sampler, "_run_prefill", counting_prefill)
-    monkeypatch.setattr(bench.Sampler, "_fork_rows", counting_fork)
-    monkeypatch.setattr(bench, "compare", count)
-    (counts,) = bench.bench_branch(measure.Settings(quick=True, seed=0, runs=3))
-    # Four branches after 64 tokens; the slot that holds the prefix is one of the four, and the last token is decoded.
-    assert counts == [("fork", 0, 3), ("prefill each", 4 * 63, 0)] * 2
+    monkeypatch.setattr(Sampler, "_run_prefill", counting_prefill)
+    monkeypatch.setattr(Sampler, "_copy", counting_fork)
+    monkeypatch.setattr(bench_rollout, "compare", count)
+    (counts,) = bench_rollout.bench_branch(measure.Settings(quick=True, seed=0, runs=3))
+    # Four branches after 64 tokens: the prefix becomes their trunk, once, and its last token is decoded.
+    assert counts == [("fork", 0, 1), ("prefill each", 4 * 63, 0)] * 2
+
+
+def test_attempts_of_the_rollout_bench_are_played_to_the_end():
+    """Every turn of every attempt is sampled, whatever the number of slots, and the amount of work is the same."""
+    settings = measure.Settings(quick=True, seed=0, runs=3)
+    tokens = set()
+    for slots in (2, 5):
+        sampler = Sampler(measure.TINY, SamplerConfig(slots=slots), (), seed=0)
+        sampler.load(init(measure.TINY, jax.random.key(0)), version=0)
+        tokens.add(bench_rollout._play(sampler, attempts=7, turns=2, seconds=(0.0, 0.01), settings=settings))
+        assert sampler.free_slots == slots
+    assert len(tokens) == 1 and 14 * 8 <= tokens.pop() <= 14 * 40
 
 
 def test_the_bench_of_the_cross_entropy_compares_equal_losses_and_their_memory(monkeypatch):
@@ -193,18 +212,6 @@ def test_the_bench_of_compiling_fills_and_reads_a_cache_of_its_own(monkeypatch):
     cold, warm = bench_loss.bench_compile(measure.Settings(quick=True, seed=0, runs=3))
     assert (cold["kept"], warm["kept"]) == (False, True) and cold["work"] == warm["work"] == (60, 30)
     assert len({*folders, before}) == 3 and bench_loss.jax.config.jax_compilation_cache_dir == before
-
-
-def test_attempts_of_the_rollout_bench_are_played_to_the_end():
-    """Every turn of every attempt is sampled, whatever the number of slots, and the amount of work is the same."""
-    settings = measure.Settings(quick=True, seed=0, runs=3)
-    tokens = set()
-    for slots in (2, 5):
-        sampler = bench.Sampler(TINY, bench.SamplerConfig(slots=slots, context=384), (), seed=0)
-        sampler.load(bench.init(TINY, bench.jax.random.key(0)), version=0)
-        tokens.add(bench._play(sampler, attempts=7, turns=2, settings=settings))
-        assert sampler.free_slots == slots
-    assert len(tokens) == 1 and 14 * 8 <= tokens.pop() <= 14 * 48
 
 
 @pytest.mark.slow

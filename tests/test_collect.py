@@ -211,6 +211,15 @@ def test_neither_slots_nor_neighbours_change_an_attempt(world, trees):
             assert x.trajectory.success == y.trajectory.success
 
 
+def test_neither_the_visits_of_a_tool_nor_its_slowness_change_an_attempt(world, trees):
+    """Answers come later, so other turns share a batch; which visit takes an answer is fixed, however fast the tool."""
+    slow = dataclasses.replace(world, environment=dataclasses.replace(world.environment, tool_visits=3))
+    for a, b in zip(trees, grow(slow, world.sampler(16)), strict=True):
+        assert [(x.parent, x.anchor) for x in a.leaves] == [(x.parent, x.anchor) for x in b.leaves]
+        for x, y in zip(a.leaves, b.leaves, strict=True):
+            np.testing.assert_array_equal(x.trajectory.ids(), y.trajectory.ids())
+
+
 class Scripted:
     """Stands where the sampler does, and plays random well-formed ledger calls: a function of each request's stream."""
 

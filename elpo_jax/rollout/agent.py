@@ -2,18 +2,21 @@
 
 Token-in, token-out: an attempt is the ids that were sampled and the ids the environment appended; text is decoded only
 for the tool parser and the grader. One visit of the loop dispatches a burst of decoding to the device and meanwhile
-answers the turns that ended in the visit before, so host and device overlap. Tools are waited for at that fixed point,
-hence the schedule, and with it every number, does not depend on how long a tool took.
+starts the tools of the turns that ended in the visit before, so host and device overlap. An answer is waited for at a
+fixed number of visits, hence the schedule, and with it every number, does not depend on how long a tool took.
 """
 
 import dataclasses
 import hashlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 
 from elpo_jax.rollout.sampler import Completion, Request, Sampler
 from elpo_jax.tasks.base import Family, Grade, Task
 from elpo_jax.tasks.rewards import Reward
 from elpo_jax.text.chat import Chat
+from elpo_jax.text.parser import Turn
 from elpo_jax.tools.base import InfrastructureError, State, Status, ToolResult
 from elpo_jax.tools.sandbox import Sandbox
 from elpo_jax.tools.toolbox import Request as ToolRequest
@@ -31,6 +34,7 @@ class Environment:
     max_turn_tokens: int
     sandbox: Sandbox | None = None  # where the tools run programs; None where none of them does
     reward: Reward = Reward()
+    tool_visits: int = 1  # after how many visits of the sampler an answer is waited for
 
     @property
     def isolation(self) -> str:
@@ -66,6 +70,20 @@ class Start:
     prompt: Segment  # one object per task, so that its attempts share it
     steps: tuple[Step, ...]
     attempt: int  # number within the task's tree; part of the PRNG stream
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """A turn whose tool is at work."""
+
+    attempt: "_Live"
+    segment: Segment
+    turn: Turn
+    future: Future[tuple[ToolResult, State | None]] | None  # None where the turn is no call that a tool could take
+
+    def result(self) -> tuple[ToolResult, State | None]:
+        """The answer and the world after it, as soon as they are there."""
+        return (self.turn.error, self.attempt.state) if self.future is None else self.future.result()
 
 
 @dataclasses.dataclass(eq=False)
@@ -109,14 +127,16 @@ def play(
     """
     live: dict[int, _Live] = {}
     ended: list[Completion] = []
+    at_work: deque[list[_Call]] = deque([] for _ in range(environment.tool_visits - 1))
     while True:
         for start in starts(sampler.free_slots):
             attempt = _Live(start, list(start.steps), _world(environment, start, seed, step))
             _continue(attempt, environment, sampler, live, finished, step)
-        if not live:
+        if not live and not any(at_work):
             return
         sampler.start_visit(temperature, top_p)
-        _answer(ended, environment, sampler, live, finished, step)
+        at_work.append(_call(ended, environment, sampler, live, finished))
+        _answer(at_work.popleft(), environment, sampler, live, finished, step)
         ended = sampler.finish_visit()
 
 
@@ -128,9 +148,9 @@ def _world(environment: Environment, start: Start, seed: int, step: int) -> Stat
     return None if state is None else state.fork(key)
 
 
-def _answer(ended, environment, sampler, live, finished, step) -> None:
-    """Parses the turns that ended, runs their tools together, and lets the attempts go on."""
-    calls: list[tuple[_Live, Segment, object, object]] = []
+def _call(ended, environment, sampler, live, finished) -> list[_Call]:
+    """Parses the turns that ended, and starts their tools or ends their attempts."""
+    calls = []
     for completion in ended:
         attempt = live.pop(completion.ticket)
         attempt.ticket = completion.ticket
@@ -144,9 +164,15 @@ def _answer(ended, environment, sampler, live, finished, step) -> None:
             continue
         toolbox = environment.toolboxes[attempt.start.task.family]
         future = toolbox.submit(ToolRequest(turn.call, attempt.state)) if turn.call is not None else None
-        calls.append((attempt, completion.segment, turn, future))
-    for attempt, segment, turn, future in calls:
-        result, attempt.state = (turn.error, attempt.state) if future is None else future.result()
+        calls.append(_Call(attempt, completion.segment, turn, future))
+    return calls
+
+
+def _answer(calls: list[_Call], environment, sampler, live, finished, step) -> None:
+    """Waits for tools, and lets their attempts go on."""
+    for call in calls:
+        attempt, segment, turn = call.attempt, call.segment, call.turn
+        result, attempt.state = call.result()
         if result.status is Status.SANDBOX_ERROR:
             sampler.release(attempt.ticket)
             finished(attempt.start, None)

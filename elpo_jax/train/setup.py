@@ -289,7 +289,10 @@ def build_environment(
             print(f"note: the chat template in {source} does not tell the model which tools there are", flush=True)
     else:
         chat = ChatFormat(tokenizer, tool_listing=config.tasks.chat_tools)
-    return Environment(stream.families, toolboxes, chat, config.rollout.max_turn_tokens, sandbox, config.reward)
+    rollout = config.rollout
+    return Environment(
+        stream.families, toolboxes, chat, rollout.max_turn_tokens, sandbox, config.reward, rollout.tool_visits
+    )
 
 
 def _load_chat(config: Config, folder: str, tokenizer: Tokenizer, system: str | None = None) -> TemplateChat:
