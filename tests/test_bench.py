@@ -1,5 +1,6 @@
 """The benches print what scripts read, and compare fairly. No test looks at a speed."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
