@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elpo_jax.model.cache import block_lengths, fork, new_cache
+from elpo_jax.model.cache import block_lengths, fork, locate, new_cache
 from elpo_jax.model.config import ModelConfig, RopeScaling, config_from_json, count_params
 from elpo_jax.model.logprob import logprob_and_entropy, summed_loss, token_logprobs
 from elpo_jax.model.transformer import apply, dense, init, unembed
@@ -268,6 +268,59 @@ def test_fork_equals_recompute():
     close(hidden[2:], expected[2:, 7:12])
     hidden, _ = forward(FULL)(params, one_more, np.full((4, 1), 12, np.int32), cache)
     close(hidden[:, 0], expected[:, 12])
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.data())
+def test_rows_behind_a_trunk_equal_rows_that_hold_everything(data):
+    """Two groups of two rows: prompts become trunks, rows begin behind any part of them, and forks move between bases.
+
+    Short blocks in a longer cache, so that some are looked into and some are not.
+    """
+    params, length, room = parameters(FULL), 20, 32
+    draw = lambda most: data.draw(st.integers(0, most))  # noqa: E731
+    tokens = random_tokens(4, length, seed=draw(99))
+    trunk, base = [draw(9) + 1, draw(9) + 1], np.array([0, 0, 0, 0], np.int32)
+    for row in range(4):
+        base[row] = draw(trunk[row // 2])
+        tokens[row, : base[row]] = tokens[row - row % 2, : base[row]]
+    full, _ = forward(FULL)(params, tokens, count_up(4, length))
+    cache = new_cache(FULL, 4, room, groups=2, block=4)
+    # Rows 0 and 2 compute the prompts, which are then copied to the trunks.
+    prompts = np.where(np.arange(10) < np.repeat(trunk, 2)[:, None], np.arange(10), -1).astype(np.int32)
+    none = np.zeros(4, np.int32)
+    _, cache = forward(FULL)(params, tokens[:, :10], prompts, cache, where=locate(prompts, none))
+    lift = jax.jit(fork)
+    cache = lift(cache, np.array([0, 2]), none[:2], np.array([4, 5]), none[:2])
+    # Half of what is left in one call that names the rows, backwards; then they are decoded.
+    middle = (base + length) // 2
+    order = np.array([3, 1, 0, 2], np.int32)
+    columns = np.arange(length)
+    positions = np.where((columns >= base[:, None]) & (columns < middle[:, None]), columns, -1).astype(np.int32)
+    where = locate(positions[order], base[order], order)
+    hidden, cache = forward(FULL)(params, tokens[order], positions[order], cache, where=where)
+    for i, row in enumerate(order):
+        close(hidden[i, base[row] : middle[row]], full[row, base[row] : middle[row]])
+    # Row 3 moves to row 1, and row 0 to row 3, each behind what the new trunk has in common with it (here: nothing).
+    cache = lift(cache, np.array([3, 0]), base[[3, 0]], np.array([1, 3]), none[:2])
+    tokens, full, middle = tokens[[0, 3, 2, 0]], np.asarray(full)[[0, 3, 2, 0]], middle[[0, 3, 2, 0]]
+    base = np.where(np.arange(4) % 2 == 1, 0, base).astype(np.int32)
+    for step in range(int((length - middle).max())):
+        at = middle + step
+        position = np.where(at < length, at, -1).astype(np.int32)[:, None]
+        token = tokens[np.arange(4), np.minimum(at, length - 1)][:, None]
+        hidden, cache = forward(FULL)(params, token, position, cache, where=locate(position, base))
+        for row in np.flatnonzero(at < length):
+            close(hidden[row, 0], full[row, at[row]])
+
+
+@pytest.mark.parametrize("length", [1, 100, 160, 256, 640, 20480])
+def test_blocks_cover_a_row_and_double(length):
+    sizes = block_lengths(length, 128)
+    assert sum(sizes) == length and (len(sizes) == 1 or sizes[0] == 128)
+    ends = np.cumsum(sizes)
+    for before, end in itertools.pairwise(ends):
+        assert 1.5 * before <= end <= 3 * before
 
 
 def test_fork_reads_all_rows_before_it_writes():

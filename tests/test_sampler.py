@@ -610,6 +610,36 @@ def test_waves_order_forks_behind_the_prefills_they_read():
     assert (placed.reuse, placed.wave) == (11, 0)
 
 
+def test_prefixes_in_common_become_trunks_and_make_room_for_each_other():
+    table, prompt = SlotTable(8, shards=2, group=2), text(0, 8)
+    table.load(1)
+
+    def place(prompt, first, count):
+        requests = [Request((prompt,), (0, 0, first + i, 1), 1) for i in range(count)]
+        placed = [table.place(request, 8, None, siblings=count) for request in requests]
+        table.settle()
+        return placed
+
+    first = place(prompt, 0, 3)
+    # The first two fill a group; the third, for which the trunk is copied after it was filled, begins the next.
+    assert [p.base for p in first] == [7, 7, 7] and [p.wave for p in first] == [0, 0, 1]
+    assert first[0].slot // 2 == first[1].slot // 2 != first[2].slot // 2
+    assert first[1].lift is None and (first[0].lift.source, first[0].lift.reuse) == (None, 0)
+    assert first[2].lift.source == Source(first[0].slot - first[0].slot % 2, base=7, wave=1)
+    # A single request joins what is there, and holds a row of its own otherwise.
+    (single,) = place(prompt, 3, 1)
+    assert single.slot // 2 == first[2].slot // 2 and (single.base, single.lift) == (7, None)
+    (alone,) = place(text(1, 8), 4, 1)
+    assert (alone.base, alone.reuse, alone.lift) == (0, 0, None)
+    # When its readers are gone a trunk is replaced, and who ended on it is no source any more.
+    for placed in first[:2]:
+        table.hold(placed.slot, text(9, 2))
+        table.release(placed.slot)
+    others = [place(text(2 + i, 8), 10 + 2 * i, 2) for i in range(2)]
+    assert {p.lift.trunk for p, _ in others} >= {first[0].slot // 2}
+    assert all(slot.chain[0] is not prompt for slot in table.slots if slot.index // 2 == first[0].slot // 2)
+
+
 def test_after_a_load_slots_are_given_out_as_in_a_fresh_process():
     """A resumed run repeats every bit only if its rows lie where those of the undisturbed run lie."""
     used, fresh = SlotTable(4, shards=2), SlotTable(4, shards=2)

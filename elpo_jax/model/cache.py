@@ -150,19 +150,21 @@ def attend(layer: LayerCache, q: jax.Array, where: Where) -> jax.Array:
     # One matrix [T * H/K, N] per row and key/value head: with further axes XLA's CPU backend is ten times slower.
     q = (q * width**-0.5).reshape(rows, tokens, kv_heads, -1, width).swapaxes(1, 2).reshape(rows, kv_heads, -1, width)
     last = jnp.repeat(where.columns, heads // kv_heads, axis=1)  # int32 [R, T * H/K], of the columns that q sees
-    parts = _parts(q, layer.own, where.rows, last, shared=False)
+    part = _look(q, layer.own, where.rows, last)
     if layer.trunk is not None:
         base = jnp.repeat(where.base[:, None] - 1, last.shape[1], axis=1)
         groups = layer.trunk.k[0].shape[0]
         size = layer.own.k[0].shape[0] // groups
-        if where.rows is None:
-            parts += [
-                _ungroup(part, size)
-                for part in _parts(_group(q, size), layer.trunk, None, base.reshape(groups, -1), shared=True)
-            ]
-        else:
-            parts += _parts(q, layer.trunk, where.rows // size, base, shared=True)
-    out = _merge(parts).astype(layer.own.v[0].dtype)
+
+        def trunk(part):
+            if where.rows is None:
+                together = _look(_group(q, size), layer.trunk, None, base.reshape(groups, -1))
+                return _merge(part, _ungroup(together, size))
+            return _merge(part, _look(q, layer.trunk, where.rows // size, base))
+
+        part = jax.lax.cond(jnp.max(where.base) > 0, trunk, lambda part: part, part)
+    # The floor is for padding, which sees nothing.
+    out = (part.out / jnp.maximum(part.total, jnp.finfo(jnp.float32).tiny)).astype(layer.own.v[0].dtype)
     return out.reshape(rows, kv_heads, tokens, -1, width).swapaxes(1, 2).reshape(rows, tokens, heads, width)
 
 
@@ -174,16 +176,13 @@ class _Part(NamedTuple):
     total: jax.Array  # [R, K, M, 1], of the weights relative to the largest
 
 
-def _parts(q: jax.Array, held: Rows, rows: jax.Array | None, last: jax.Array, *, shared: bool) -> list[_Part]:
-    """One part per block: queries [R, K, M, N] that see the columns 0..last, int32 [R, M], of their rows.
-
-    Every query sees the first column of its own row, but maybe none of a shared one.
-    """
-    parts, start = [], 0
+def _look(q: jax.Array, held: Rows, rows: jax.Array | None, last: jax.Array) -> _Part:
+    """Queries [R, K, M, N] meet the columns 0..last, int32 [R, M], of their rows, block by block."""
+    part, start = None, 0
     for k_block, v_block in zip(held.k, held.v, strict=True):
         size = k_block.shape[3]
 
-        def look(k_block=k_block, v_block=v_block, start=start, size=size):
+        def block(part, k_block=k_block, v_block=v_block, start=start, size=size):
             if rows is not None:
                 k_block, v_block = (jnp.take(x, rows, axis=0, mode="clip") for x in (k_block, v_block))
             scores = jnp.einsum("RKMN,RKNC->RKMC", q, k_block).astype(jnp.float32)
@@ -192,27 +191,20 @@ def _parts(q: jax.Array, held: Rows, rows: jax.Array | None, last: jax.Array, *,
             largest = jnp.maximum(scores.max(axis=-1, keepdims=True), _FLOOR)
             weights = jnp.exp(scores - largest)
             out = jnp.einsum("RKMC,RKCN->RKMN", weights.astype(v_block.dtype), v_block)
-            return _Part(out.astype(jnp.float32), largest, weights.sum(axis=-1, keepdims=True))
-
-        def skip():
-            shape = (*q.shape[:3], 1)
-            return _Part(jnp.zeros(q.shape), jnp.full(shape, _FLOOR), jnp.zeros(shape))
+            found = _Part(out.astype(jnp.float32), largest, weights.sum(axis=-1, keepdims=True))
+            return found if part is None else _merge(part, found)
 
         # What a skipped block would have added is exactly 0, so no row depends on how long the others are.
-        parts.append(jax.lax.cond(jnp.max(last) >= start, look, skip) if start or shared else look())
+        part = jax.lax.cond(jnp.max(last) >= start, block, lambda part: part, part) if start else block(None)
         start += size
-    return parts
+    return part
 
 
-def _merge(parts: list[_Part]) -> jax.Array:
-    """The softmax attention over the columns of all parts, float32 [R, K, M, N]; 0 where a query sees nothing."""
-    largest = parts[0].largest
-    for part in parts[1:]:
-        largest = jnp.maximum(largest, part.largest)
-    scales = [jnp.exp(part.largest - largest) for part in parts]
-    total = sum(part.total * scale for part, scale in zip(parts, scales, strict=True))
-    out = sum(part.out * scale for part, scale in zip(parts, scales, strict=True))
-    return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+def _merge(one: _Part, other: _Part) -> _Part:
+    """The attention over the columns of both."""
+    largest = jnp.maximum(one.largest, other.largest)
+    mine, theirs = jnp.exp(one.largest - largest), jnp.exp(other.largest - largest)
+    return _Part(one.out * mine + other.out * theirs, largest, one.total * mine + other.total * theirs)
 
 
 def _group(x: jax.Array, size: int) -> jax.Array:

@@ -226,7 +226,7 @@ class SlotTable:
                 lift = self._lift(trunk, request, length)
                 target, _ = self._least_recently_used(request, length)
         source, best, reuse = self._longest_match(request, length, target)
-        if best is target:
+        if best is target and lift is None:  # with one, the slot reads the trunk that was made for it
             source, base = None, min(target.base, reuse)
         else:
             base = _matching(target.trunk, request, length)
@@ -292,7 +292,11 @@ class SlotTable:
 
     def _idle_trunk(self) -> Trunk | None:
         """A trunk that nobody reads, in a group with as many free slots as any; the least recently used of these."""
-        free = {trunk.index: sum(slot.use is Use.FREE for slot in trunk.slots) for trunk in self._trunks if trunk.idle}
+        free = {
+            trunk.index: sum(slot.use is Use.FREE for slot in trunk.slots)
+            for trunk in self._trunks
+            if trunk.idle and trunk.wave < 0
+        }
         per_shard = len(self._trunks) * self._per_shard // len(self.slots)
         return min(
             (trunk for trunk in self._trunks if free.get(trunk.index, 0) > 1),
