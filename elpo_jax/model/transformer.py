@@ -236,10 +236,9 @@ class Transformer(nn.Module):
         if not config.tied:
             _matrix(self, config, "head", (config.d_model, config.vocab_size))
         angles = attention.rotary_angles(config, positions)
-        if cache is None:
-            sees = jnp.where(positions >= 0, positions.shape[1], 0) if ends is None else ends
-        else:
-            sees = where
+        if ends is None:
+            ends = jnp.where(positions >= 0, positions.shape[1], 0)
+        sees = ends if cache is None else where
         block = _block(config)
         x = embed[tokens].astype(config.dtype)
         if config.scan_layers and cache is None and not self.is_initializing():
