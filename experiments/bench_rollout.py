@@ -51,7 +51,7 @@ def bench_rollout(settings: Settings) -> Iterator[dict]:
 def _engine(config: ModelConfig, batch: int, prompt: int, turn: int, settings: Settings):
     """A sampler with its parameters loaded, and one request for each of its slots."""
     sampler = Sampler(config, SamplerConfig(slots=batch, context=prompt + turn), (), settings.seed, _mesh())
-    params = decode.place_params(init(config, jax.random.key(settings.seed)), _mesh())
+    params = decode.place_params(init(config, jax.random.key(settings.seed)), _mesh(), config.dtype)
     rng = np.random.default_rng(settings.seed)
     requests = [Request((_text(rng, prompt),), (0, 0, i, 1), turn) for i in range(batch)]
     return sampler, params, requests
@@ -64,7 +64,7 @@ def _generate(sampler: Sampler, params, requests: list[Request]) -> int:
 def _bare_loop(config: ModelConfig, batch: int, prompt: int, turn: int, settings: Settings) -> Callable[[], int]:
     """One prefill of all prompts and one scan over all steps: no slots, no visits, no host between."""
     mesh = _mesh()
-    params = decode.place_params(init(config, jax.random.key(settings.seed)), mesh)
+    params = decode.place_params(init(config, jax.random.key(settings.seed)), mesh, config.dtype)
     shards = mesh.size
     state = decode.make_state(config, mesh, batch, prompt + turn, group=1, block=128)
     prefill, loop = decode.make_prefill(config, mesh), decode.make_decode(config, mesh, (), settings.seed, turn)

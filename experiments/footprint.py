@@ -93,7 +93,7 @@ def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> TrainState:
 
 
 def sampler_params(config: Config, mesh: Mesh | AbstractMesh):
-    """The parameters where `rollout.decode.place_params` puts them: whole in every shard of the rows."""
+    """The parameters as `rollout.decode.place_params` leaves them: whole in every shard of the rows, matrices cast."""
     rows = row_axes(mesh)
 
     def keep(axes):
@@ -102,7 +102,8 @@ def sampler_params(config: Config, mesh: Mesh | AbstractMesh):
 
     def place(x):
         spec = jax.sharding.PartitionSpec(*map(keep, x.sharding.spec))
-        return _placed(x, NamedSharding(mesh, spec))
+        dtype = config.model.dtype if len(x.shape) > 1 else x.dtype
+        return _placed(jax.ShapeDtypeStruct(x.shape, dtype), NamedSharding(mesh, spec))
 
     return jax.tree.map(place, abstract_state(config, mesh).params)
 
@@ -136,15 +137,16 @@ def bytes_per_device(tree) -> int:
 def resident(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """Bytes that lie on a device for the whole of RL.
 
-    The sampler's parameters are the train state's where the mesh splits the parameters over no rows; else they are a
-    copy, whole in every shard of the rows.
+    The sampler's parameters are the train state's where the mesh splits them over no rows and they are computed with as
+    they are; else they are a copy.
     """
     state = abstract_state(config, mesh)
+    copied = mesh.shape["fsdp"] > 1 or config.model.dtype != config.model.param_dtype
     return {
         "parameters": bytes_per_device(state.params),
         "optimizer": bytes_per_device(state.opt_state),
         "cold start's parameters": bytes_per_device(state.params),
-        "sampler's parameters": bytes_per_device(sampler_params(config, mesh)) if mesh.shape["fsdp"] > 1 else 0,
+        "sampler's parameters": bytes_per_device(sampler_params(config, mesh)) if copied else 0,
         "KV cache": bytes_per_device(sampler_state(config, mesh).cache),
     }
 

@@ -70,7 +70,7 @@ def main(data: int, fsdp: int, tensor: int) -> None:
     fn = decode.make_decode(MODEL, mesh, STOPS, SEED, steps=3)
     group = SHAPES.slots // (data * fsdp)
     state = decode.make_state(MODEL, mesh, SHAPES.slots, SHAPES.context, group, SHAPES.block)
-    compiled = fn.lower(decode.place_params(params, mesh), state, np.ones(2, np.float32)).compile()
+    compiled = fn.lower(decode.place_params(params, mesh, MODEL.dtype), state, np.ones(2, np.float32)).compile()
     line = {
         "ids": [turn.ids.tolist() for turn in turns],
         "logprobs": [[float(x).hex() for x in turn.logprobs] for turn in turns],

@@ -46,11 +46,12 @@ def row_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(name for name in ROW_AXES if name in mesh.shape)
 
 
-def place_params(params: Params, mesh: Mesh) -> Params:
+def place_params(params: Params, mesh: Mesh, dtype: str) -> Params:
     """Parameters as decoding needs them: whole in every shard of the slots, still split over the other axes.
 
-    Gathering them once spares the decode loop a gather of every matrix for every token. What is there already is not
-    copied; arrays of other devices are copied to all devices of the mesh.
+    Gathering them once spares the decode loop a gather of every matrix for every token, and matrices are cast once to
+    the compute dtype, as every product would cast them. What is there already is not copied; arrays of other devices
+    are copied to all devices of the mesh.
     """
     rows = row_axes(mesh)
 
@@ -62,6 +63,7 @@ def place_params(params: Params, mesh: Mesh) -> Params:
         sharding = getattr(x, "sharding", None)
         known = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
         spec = PartitionSpec(*map(keep, sharding.spec)) if known else WHOLE
+        x = x.astype(dtype) if x.ndim > 1 and x.dtype != dtype else x  # before it is gathered
         return jax.device_put(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(place, params)

@@ -130,6 +130,7 @@ class Sampler:
             )
         self.config, self.context = config, config.context
         self._vocab, self._stop_ids, self._mesh = model_config.vocab_size, np.array(stop_ids, np.int32), mesh
+        self._dtype = model_config.dtype
         self._per_shard = config.slots // self._shards
         sizes = {-(-rows // self._shards) for rows in config.prefill_rows}  # rows of one shard
         self._row_buckets = sorted({size for size in sizes if size < self._per_shard} | {self._per_shard})
@@ -195,7 +196,7 @@ class Sampler:
         in_flight = len(self._waiting) + len(self._running)
         if in_flight:
             raise RuntimeError(f"{in_flight} requests are in flight: finish them before loading other parameters")
-        self._params = decode.place_params(params, self._mesh)
+        self._params = decode.place_params(params, self._mesh, self._dtype)
         self._table.load(version)
         self._sampled = self._slot_steps = 0
         # Columns that no query may see weigh exactly 0, but 0 times what a diverged policy left there can be nan.

@@ -107,7 +107,7 @@ def paper_config(name: str, model: ModelConfig, weights: str, recipe: Recipe) ->
             prompts=batch,
             updates=batch // minibatch,
             epochs=1,  # our choice: verl's ppo_epochs
-            micro_rows=8,  # our choice: one row of 20,480 tokens on each of 8 devices
+            micro_rows=8,  # our choice: one row of 20,480 tokens on each of 8 devices, and as much of a tree as fits
             eval_every=0,  # our choice
             dump_every=30,  # our choice
             save_every=30,  # our choice: Open-AgentRL
