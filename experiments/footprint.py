@@ -191,8 +191,8 @@ def update(config: Config, mesh: Mesh | AbstractMesh, micro: int) -> Phase:
     per_token = model.layers * 2 * (passes * weights - all_again * model.d_model * model.d_ff)
     # Of attention, two products forward and four backward, and the scores again, unless they are one block, which XLA
     # then moves out of the loops and keeps.
-    products = 6 + 2 * again + (block < tokens)
-    scores = 2 * products * model.heads * model.head_dim * area * model.layers
+    made = 6 + 2 * again + (block < tokens)
+    scores = 2 * made * model.heads * model.head_dim * area * model.layers
     chunk = chunk_columns(rows, tokens, parts=1)
     columns = -(-tokens // chunk) * chunk
     head = 3 * 2 * model.d_model * model.vocab_size * columns
@@ -210,9 +210,10 @@ def update(config: Config, mesh: Mesh | AbstractMesh, micro: int) -> Phase:
     scored = heads * (3 * block**2 + 3 * tokens * model.head_dim) * 4  # one block, and sums over all of them
     inputs = rows * tokens * model.d_model * element
     results = model.d_model + (model.heads + 2 * model.kv_heads) * model.head_dim + model.d_model + 2 * model.d_ff
+    products = rows * tokens * results * element / split.tensor  # which "dots" does not make again
     saved = {
         "none": model.layers * layer,
-        "dots": model.layers * (inputs + rows * tokens * results * element / split.tensor) + layer,
+        "dots": model.layers * (inputs + products) + layer - products,
         "full": model.layers * inputs + layer,
     }[model.remat]
     logits = rows * chunk * model.vocab_size / split.tensor * 4

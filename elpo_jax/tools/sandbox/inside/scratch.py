@@ -9,33 +9,55 @@ import os
 import stat
 
 MOST_GONE = 20  # folders that vanish while they are counted, until that is no accident
+MOST_WAITING = 200  # open folders with subfolders that are not counted yet
 
 _FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def usage(folder: str, most: int) -> tuple[float, int]:
-    """Bytes and number of the files below a folder; stops counting above `most` files.
+    """Bytes and number of the files below a folder, however deep; stops counting above `most` files.
 
-    What cannot be counted is infinite: folders that are closed, nested too deep for a path, or moved under our feet.
+    What cannot be counted is infinite: folders that are closed, moved under our feet, or so many that wait at once.
     """
     size, count, gone = 0, 0, 0
-    folders = [folder]
-    while folders and count <= most:
-        try:
-            with os.scandir(folders.pop()) as entries:
-                for entry in entries:
-                    count += 1
-                    with contextlib.suppress(FileNotFoundError):
-                        size += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-        except FileNotFoundError:
-            gone += 1
-            if gone > MOST_GONE:
+    waiting: list[tuple[int, list[str]]] = []  # open folders, and the subfolders of each that are not counted yet
+    name, within, finished = folder, None, None
+    try:
+        while count <= most:
+            try:
+                here, inner = os.open(name, os.O_RDONLY | _FOLDER, dir_fd=within), []
+            except FileNotFoundError:
+                gone += 1
+                if gone > MOST_GONE:
+                    return math.inf, count
+            else:
+                waiting.append((here, inner))
+                with os.scandir(here) as entries:
+                    for entry in entries:
+                        count += 1
+                        with contextlib.suppress(FileNotFoundError):
+                            size += entry.stat(follow_symlinks=False).st_blocks * 512
+                        if entry.is_dir(follow_symlinks=False):
+                            inner.append(entry.name)
+            if finished is not None:
+                os.close(finished)
+                finished = None
+            while waiting and not waiting[-1][1]:
+                os.close(waiting.pop()[0])
+            if not waiting:
+                return size, count
+            if len(waiting) > MOST_WAITING:
                 return math.inf, count
-        except OSError:
-            return math.inf, count
-    return size, count
+            within, names = waiting[-1]
+            name = names.pop()
+            if not names:  # closed when its last subfolder is open, so a mere nesting keeps none open
+                finished = waiting.pop()[0]
+        return size, count
+    except OSError:
+        return math.inf, count
+    finally:
+        for descriptor in [*(descriptor for descriptor, _ in waiting), *([] if finished is None else [finished])]:
+            os.close(descriptor)
 
 
 def deleted(pid: int, folder: str, unknown: int) -> int:
