@@ -7,6 +7,7 @@ Letters: B slots, R rows of a prefill, T tokens of a prefill, V vocabulary, n st
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -105,13 +106,24 @@ def make_fork(config: ModelConfig, mesh: Mesh) -> Callable:
     """Compiles (state, forks int32 [R, 4]) -> state, which is donated: `model.cache.fork` of R rows.
 
     The columns of `forks` are a source, how many tokens of its trunk come before it, a target, and behind how many
-    tokens of its own trunk it will begin. A target of B + i is trunk i, and one of -1 marks padding.
+    tokens of its own trunk it will begin. A target of B + i is trunk i, and one of -1 marks padding. Only the copied
+    rows cross between shards.
     """
+    axes = row_axes(mesh)
+    shards = math.prod(mesh.shape[axis] for axis in axes)
 
-    def fork(state, forks):
-        return state._replace(cache=kv.fork(state.cache, *forks.T))
+    def fork(cache, forks):
+        rows = kv.cache_rows(cache)
+        exchange = functools.partial(jax.lax.psum, axis_name=axes)
+        return kv.fork(cache, *forks.T, jax.lax.axis_index(axes) * rows, shards * rows, exchange)
 
-    return jax.jit(fork, donate_argnums=0, out_shardings=state_sharding(config, mesh))
+    split = PartitionSpec(axes)
+    mapped = _per_shard(fork, mesh, (split, WHOLE), split)
+
+    def run(state, forks):
+        return state._replace(cache=mapped(state.cache, forks))
+
+    return jax.jit(run, donate_argnums=0, out_shardings=state_sharding(config, mesh))
 
 
 @functools.cache

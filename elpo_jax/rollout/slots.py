@@ -226,10 +226,11 @@ class SlotTable:
                 lift = self._lift(trunk, request, length)
                 target, _ = self._least_recently_used(request, length)
         source, best, reuse = self._longest_match(request, length, target)
-        if best is target and lift is None:  # with one, the slot reads the trunk that was made for it
+        base = _matching(target.trunk, request, length)
+        # A new attempt reads a trunk that holds as much, even from the slot that has it all itself: every slot of a
+        # shard reads as many columns of its own as the longest one has.
+        if best is target and lift is None and not (own is None and base >= reuse):
             source, base = None, min(target.base, reuse)
-        else:
-            base = _matching(target.trunk, request, length)
         if base >= reuse:
             source, reuse = None, base
         wave = 0 if source is None else source.wave
