@@ -21,6 +21,7 @@ from elpo_jax.rollout.sampler import Request, Sampler, SamplerConfig
 from elpo_jax.train.mesh import MeshConfig, make_mesh
 from elpo_jax.trees.trajectory import Author, Segment
 from experiments.measure import Settings, Side, compare, line, rates
+from experiments.peers import qwen3_config
 
 CACHES = ("dynamic", "static")  # of transformers.generate
 
@@ -96,21 +97,7 @@ def _transformers(
         print(f"no comparison with transformers: {error}; pip install -r tests/requirements.txt", file=sys.stderr)
         return None
     torch.manual_seed(settings.seed)
-    network = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.d_model,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            intermediate_size=config.d_ff,
-            tie_word_embeddings=config.tied,
-            max_position_embeddings=prompt + turn,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    ).eval()
+    network = transformers.Qwen3ForCausalLM(qwen3_config(config, eos_token_id=None)).eval()
     ids = torch.randint(0, config.vocab_size, (batch, prompt))
 
     def work() -> int:

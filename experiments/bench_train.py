@@ -28,6 +28,7 @@ from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory
 from elpo_jax.trees.tree import Leaf, RolloutTree
 from experiments.measure import TINY, M, S, Settings, Side, compare
+from experiments.peers import qwen3_config
 
 SCALARS = {name: np.float32(x) for name, x in (elpo().scalars() | {"temperature": 1.0}).items()}
 PEAK_SIZE = 2048  # of the square float32 matrices whose product is the peak
@@ -136,18 +137,7 @@ def _torch(config: ModelConfig, batch: Batch, work: float) -> Callable[[], float
     """The same update of a Qwen3 of the same shape by transformers and torch, in float32 on the CPU."""
     # By name: the project itself does without them, and so do its imports.
     torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
-    model = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.d_model,
-            intermediate_size=config.d_ff,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            tie_word_embeddings=config.tied,
-        )
-    )
+    model = transformers.Qwen3ForCausalLM(qwen3_config(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.tensor(batch.tokens.reshape(-1, batch.tokens.shape[-1]), dtype=torch.long)
 

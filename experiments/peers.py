@@ -207,11 +207,11 @@ def tunix_stepper(config: ModelConfig, work: Work, seed: int) -> Stepper:
     return Stepper(loop)
 
 
-def qwen3_config(config: ModelConfig):
-    """The same network as a `transformers.Qwen3Config`."""
+def qwen3_config(config: ModelConfig, **changes):
+    """The same network as a `transformers.Qwen3Config`, with what else is to be set or other than here."""
     import transformers
 
-    return transformers.Qwen3Config(
+    numbers = dict(
         vocab_size=config.vocab_size,
         hidden_size=config.d_model,
         intermediate_size=config.d_ff,
@@ -227,6 +227,7 @@ def qwen3_config(config: ModelConfig):
         eos_token_id=config.vocab_size - 1,
         bos_token_id=None,
     )
+    return transformers.Qwen3Config(**numbers | changes)
 
 
 def _prompts(config: ModelConfig, work: Work, seed: int) -> list[str]:

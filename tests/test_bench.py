@@ -15,7 +15,7 @@ from elpo_jax.model.config import count_params
 from elpo_jax.model.transformer import init
 from elpo_jax.rollout.sampler import Sampler, SamplerConfig
 from elpo_jax.tools.sandbox import probes
-from experiments import bench, bench_loss, bench_rollout, bench_sandbox, bench_train, measure
+from experiments import bench, bench_loss, bench_rollout, bench_sandbox, bench_train, measure, peers
 from experiments.measure import TINY
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -236,3 +236,32 @@ def test_operations_are_counted_by_visible_pairs():
     batch = types.SimpleNamespace(positions=positions)
     network = count_params(config) - config.vocab_size * config.d_model
     assert bench_train.flops(config, batch) == 6 * network * 7 + 12 * config.layers * 2 * 16 * (6 + 2 * 9)
+
+
+def test_a_loop_of_others_goes_one_step_at_a_time_and_its_errors_are_ours():
+    steps = []
+
+    def loop(stepper):
+        for number in range(3):
+            stepper.wait()
+            steps.append(number)
+        raise ValueError("out of steps")
+
+    stepper = peers.Stepper(loop)
+    assert steps == []
+    for count in (1, 2):
+        stepper.step()
+        assert steps == list(range(count))
+    with pytest.raises(ValueError, match="out of steps"):
+        stepper.step()
+
+
+def test_a_folder_of_lines_becomes_a_table(tmp_path):
+    sides = {"unit": "tokens/s", "sides": ["ours", "theirs"], "value": 20.0, "against": 10.0, "ratio": 2.0}
+    skipped = {"bench": "rl", "case": "S", "skipped": "trl is not installed"}
+    (tmp_path / "rollout.jsonl").write_text(json.dumps({"bench": "rollout", "case": "S"} | sides) + "\n")
+    (tmp_path / "rl.jsonl").write_text(json.dumps(skipped) + "\n")
+    assert bench.table(tmp_path).splitlines()[2:] == [
+        "| rl | S |  | trl is not installed |  |",
+        "| rollout | S | 2.0 | ours: 20.0 tokens/s | theirs: 10.0 tokens/s |",
+    ]
