@@ -6,6 +6,7 @@ prompts are random ids, the reward is a function of the text that costs nothing,
 """
 
 import dataclasses
+import math
 import tempfile
 import threading
 import zlib
@@ -135,7 +136,7 @@ def trl_stepper(config: ModelConfig, work: Work, seed: int) -> Stepper:
 
 
 def tunix_stepper(config: ModelConfig, work: Work, seed: int) -> Stepper:
-    """google-tunix's GRPOLearner in float32 on all devices, with its own defaults where `work` says nothing."""
+    """google-tunix's GRPOLearner in float32, with its own defaults where `work` says nothing."""
     from flax import nnx
     from tunix.models.qwen3 import model as qwen3
     from tunix.rl import rl_cluster
@@ -153,7 +154,9 @@ def tunix_stepper(config: ModelConfig, work: Work, seed: int) -> Stepper:
         rope_theta=int(config.rope_theta),
         norm_eps=config.norm_eps,
     )
-    mesh = jax.make_mesh((jax.device_count(), 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    count = math.gcd(jax.device_count(), config.kv_heads)  # it splits the heads
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((count, 1), ("fsdp", "tp"), axis_types=kinds, devices=jax.devices()[:count])
     texts = _prompts(config, work, seed)
 
     class Words:
