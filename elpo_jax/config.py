@@ -226,10 +226,6 @@ class RolloutConfig:
     interpreter_traceback: Literal["frames", "last_line"] = "last_line"
     interpreter_reference: bool = False
 
-    def __post_init__(self):
-        if self.tool_visits < 1:
-            raise ValueError(f"rollout.tool_visits={self.tool_visits} must be at least 1")
-
 
 @dataclasses.dataclass(frozen=True)
 class RlConfig:
@@ -306,6 +302,7 @@ _BOUNDS = (
     ("tokenizer.texts", 1, math.inf),
     ("rollout.temperature", 0.001, math.inf),  # training samples, and divides its logits by it
     ("rollout.max_turn_tokens", 1, math.inf),
+    ("rollout.tool_visits", 1, math.inf),
     ("rollout.interpreter_workers", 1, math.inf),
     ("rollout.interpreter_seconds", 0.01, math.inf),
     ("rollout.interpreter_memory_mb", 64, math.inf),

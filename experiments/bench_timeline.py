@@ -172,8 +172,7 @@ def record(config: Any, workdir: pathlib.Path) -> tuple[list[Span], float, dict]
         optimizer = make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.updates * config.rl.epochs)
         state = init_state(config.model, optimizer, jax.random.key(config.seed), mesh, begun.params)
         for name in ("_prefill", "_prefill_trunks", "_fork", "_rewind"):
-            if hasattr(sampler, name):
-                setattr(sampler, name, recorder.timed("prefill and fork", getattr(sampler, name)))
+            setattr(sampler, name, recorder.timed("prefill and fork", getattr(sampler, name)))
         sampler._decode = recorder.watched("decode", sampler._decode)
         for box in toolboxes.values():
             box.submit = recorder.answered("tool", box.submit)

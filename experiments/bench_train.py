@@ -34,6 +34,25 @@ SCALARS = {name: np.float32(x) for name, x in (elpo().scalars() | {"temperature"
 PEAK_SIZE = 2048  # of the square float32 matrices whose product is the peak
 
 
+def bench_train(settings: Settings) -> Iterator[dict]:
+    """Trained tokens per second of the policy step: trajectories packed into rows, against one padded row for each."""
+    length, count, micro = (64, 8, 4) if settings.quick else (320, 64, 16)
+    rng = np.random.default_rng(settings.seed)
+    examples = [_chain(rng, 512, int(rng.integers(length // 5, length + 1))) for _ in range(count)]
+    tokens = sum(len(example.tokens) for example in examples)
+    packed = stack(pack(examples, length), micro)
+    rows = [pack([example], length) for example in examples]
+    padded = stack(jax.tree.map(lambda *x: np.concatenate(x), *rows), micro)
+    for name, config in settings.models().items():
+        run, _ = _updates(config, settings)
+        sides = (
+            Side(side, lambda run=run, batch=batch: run(batch, tokens))
+            for side, batch in (("packed rows", packed), ("padded rows", padded))
+        )
+        case = f"{name}, {count} trajectories of {length // 5} to {length} tokens"
+        yield compare(settings, "train", case, *sides)
+
+
 def bench_tree(settings: Settings) -> Iterator[dict]:
     """Attempts per second of the update on ELPO trees of three levels: every token once, or once per attempt.
 
@@ -135,8 +154,9 @@ def _matmul() -> Callable[[], float]:
 
 def _torch(config: ModelConfig, batch: Batch, work: float) -> Callable[[], float]:
     """The same update of a Qwen3 of the same shape by transformers and torch, in float32 on the CPU."""
-    # By name: the project itself does without them, and so do its imports.
-    torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
+    import torch
+    import transformers
+
     model = transformers.Qwen3ForCausalLM(qwen3_config(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.tensor(batch.tokens.reshape(-1, batch.tokens.shape[-1]), dtype=torch.long)

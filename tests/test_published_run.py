@@ -140,6 +140,7 @@ def test_what_does_not_fit_is_told_before_anything_is_read(published, tmp_path):
 
 def test_the_source_decides_the_network_and_the_config_how_it_computes(published):
     start = [f"model.source={published}", "tokenizer.kind=checkpoint", "model.dtype=bfloat16", "model.remat=full"]
+    start += ["model.scan_layers=true", "model.attention=cudnn"]
     config = override(Config(), start)
     model = with_weights_shape(config).model
     assert (model.d_model, model.layers, model.dtype, model.param_dtype, model.remat) == (
@@ -149,6 +150,7 @@ def test_the_source_decides_the_network_and_the_config_how_it_computes(published
         "float32",
         "full",
     )
+    assert model.scan_layers and model.attention == "cudnn"
     yarn = override(
         config,
         ["model.rope_scaling.kind=yarn", "model.rope_scaling.factor=4", "model.rope_scaling.original_context=2048"],

@@ -1,5 +1,6 @@
 """The sampler against the trainer's own forward pass, against itself in other batches, slots and processes."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -704,3 +705,24 @@ def test_sampling_keeps_to_the_nucleus_and_its_proportions(sampler):
     for top_p in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="top_p="):
             sampler.visit(1.0, top_p=top_p)
+
+
+def test_branches_of_a_cached_prefix_all_read_it_from_the_trunk():
+    """Also the one whose slot holds it itself: a shard reads as many columns of every slot as of its longest."""
+    sampler = Sampler(MODEL, dataclasses.replace(SHAPES, slots=8, group=8), STOPS, SEED)
+    sampler.load(PARAMS, version=0)
+    prefix = text(0, 9)
+    sampler.submit(Request((prefix,), (0, 0, 99, 1), 1))
+    for completion in sampler.visit(1.0):
+        sampler.release(completion.ticket)
+    for i in range(8):
+        sampler.submit(Request((prefix,), (0, 0, i, 1), 2))
+    sampler.start_visit(1.0)
+    assert np.asarray(sampler._state.control)[:, decode.BASE].tolist() == [8] * 8
+
+
+def test_matrices_are_cast_once_when_they_are_loaded():
+    sampler = Sampler(dataclasses.replace(MODEL, dtype="bfloat16"), SHAPES, STOPS, SEED)
+    sampler.load(PARAMS, version=0)
+    for x in jax.tree.leaves(sampler._params):
+        assert x.dtype == (jnp.bfloat16 if x.ndim > 1 else jnp.float32)

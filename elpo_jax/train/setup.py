@@ -124,7 +124,7 @@ def with_weights_shape(config: Config) -> Config:
         tokenizer = dataclasses.replace(tokenizer, source=str(pathlib.Path(tokenizer.source).resolve()))
     if model.source:
         held = read_hf_config(model.source)
-        kept = {name: getattr(model, name) for name in ("dtype", "param_dtype", "remat", "scan_layers")}
+        kept = {name: getattr(model, name) for name in ("dtype", "param_dtype", "remat", "scan_layers", "attention")}
         if held.rope_scaling.kind == "none":
             kept["rope_scaling"] = model.rope_scaling
         elif model.rope_scaling.kind != "none" and model.rope_scaling != held.rope_scaling:
