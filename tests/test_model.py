@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from elpo_jax.model.cache import block_lengths, fork, locate, new_cache
 from elpo_jax.model.config import ModelConfig, RopeScaling, config_from_json, count_params
 from elpo_jax.model.logprob import logprob_and_entropy, summed_loss, token_logprobs
-from elpo_jax.model.transformer import apply, dense, init, unembed
+from elpo_jax.model.transformer import apply, dense, init, rms_norm, swiglu, unembed
 
 BASE = ModelConfig(vocab_size=61, d_model=24, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=40)
 FULL = dataclasses.replace(BASE, qk_norm=True, qkv_bias=True, tied=False)
@@ -202,8 +202,48 @@ def test_entropy_carries_no_gradient_and_extreme_logits_stay_finite():
     logp, entropy = logprob_and_entropy(logits, jnp.array([1, 2]), 0.5)
     close(logp, [-800.0, -np.log(3)])
     close(entropy, [0.0, np.log(3)])
+    # Temperature 1 is a case of its own: what lies on both sides of it agrees with it.
+    for temperature in (1.0, 1.0 + 1e-6):
+        logp, entropy = logprob_and_entropy(logits, jnp.array([1, 2]), temperature)
+        close(logp, [-400.0, -np.log(3)])
+        close(entropy, [0.0, np.log(3)])
     slope = jax.grad(lambda x: logprob_and_entropy(x, jnp.array([1, 2]), 1.0)[1].sum())(logits)
     assert not np.any(slope)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_norm_and_swiglu_are_the_slopes_of_float64(dtype):
+    """Central differences of the formulas in NumPy; in bfloat16 arguments and results are rounded, nothing between."""
+    rng = np.random.default_rng(9)
+    x, other, slope = (jnp.asarray(rng.normal(size=(2, 3, 8)) * 2, dtype) for _ in range(3))
+    scale = jnp.asarray(rng.normal(size=8), jnp.float32)
+    exact = [np.asarray(y, np.float64) for y in (x, other, scale, slope)]
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 0.1) * scale
+
+    def gated(gate, up):
+        return gate / (1 + np.exp(-gate)) * up
+
+    for ours, formula, inputs, precise in (
+        (lambda x, scale: rms_norm(x, scale, 0.1), norm, (x, scale), (exact[0], exact[2])),
+        (swiglu, gated, (x, other), exact[:2]),
+    ):
+        out, back = jax.vjp(ours, *inputs)
+        rounding = 2**-8 if dtype == "bfloat16" else 1e-5
+        assert out.dtype == dtype
+        np.testing.assert_allclose(np.asarray(out, np.float64), formula(*precise), rtol=rounding, atol=rounding)
+        for i, (gradient, argument) in enumerate(zip(back(slope), inputs, strict=True)):
+            assert gradient.dtype == argument.dtype
+            wanted = np.zeros(argument.shape)
+            for at in np.ndindex(argument.shape):
+                ends = []
+                for step in (1e-6, -1e-6):
+                    moved = [y.copy() for y in precise]
+                    moved[i][at] += step
+                    ends.append((formula(*moved) * exact[3]).sum())
+                wanted[at] = (ends[0] - ends[1]) / 2e-6
+            np.testing.assert_allclose(np.asarray(gradient, np.float64), wanted, rtol=rounding, atol=rounding)
 
 
 # Ways of being called

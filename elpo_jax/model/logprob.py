@@ -38,12 +38,16 @@ def logprob_and_entropy(logits: jax.Array, tokens: jax.Array, temperature: jax.A
 
 
 def _logprob_forward(logits, tokens, temperature):
-    scaled = logits / temperature
-    # A masked sum, not a gather: it needs no exchange where V is sharded.
-    chosen = jnp.sum(jnp.where(_is_token(logits, tokens), scaled, 0.0), axis=-1)
-    scaled_total, total = jax.nn.logsumexp(scaled, axis=-1), jax.nn.logsumexp(logits, axis=-1)
-    entropy = total - jnp.sum(jnp.exp(logits - total[..., None]) * logits, axis=-1)
-    return (chosen - scaled_total, entropy), (logits, tokens, temperature, scaled_total)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    below = logits - largest
+    weights = jnp.exp(below)
+    total = weights.sum(axis=-1)
+    entropy = jnp.log(total) - jnp.sum(weights * below, axis=-1) / total
+    # At temperature 1, that of most training, the sum is there already.
+    scaled = jax.lax.cond(temperature == 1, lambda: total, lambda: jnp.sum(jnp.exp(below / temperature), axis=-1))
+    scaled_total = jnp.log(scaled) + largest[..., 0] / temperature
+    return (chosen / temperature - scaled_total, entropy), (logits, tokens, temperature, scaled_total)
 
 
 def _logprob_backward(kept, slopes):
@@ -181,7 +185,8 @@ def chunk_columns(rows: int, length: int, parts: int | None = None) -> int:
     """
     if parts is None:
         mesh = jax.sharding.get_abstract_mesh()
-        parts = math.prod(mesh.shape[axis] for axis in ROW_AXES if axis in mesh.shape)
+        split = set(mesh.shape) - set(mesh.manual_axes)  # what a shard_map has split is split already
+        parts = math.prod(mesh.shape[axis] for axis in ROW_AXES if axis in split)
     return min(length, max(16, CHUNK_TOKENS // -(-rows // parts)))
 
 

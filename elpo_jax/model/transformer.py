@@ -7,6 +7,7 @@ Letters: B rows, T tokens, D model width, H heads, K key/value heads, N head wid
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -136,11 +137,60 @@ def _product(x: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
     return out.reshape(*x.shape[:-1], -1)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, computed in float32 and returned in the dtype of `x`."""
+    """x / rms(x) * scale over the last axis, computed in float32 and returned in the dtype of `x`.
+
+    Its gradient keeps `x` and one number per vector; autodiff would keep both factors at the size of `x`.
+    """
+    return _rms_norm_forward(x, scale, eps)[0]
+
+
+def _rms_norm_forward(x, scale, eps):
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype), (x, scale, inverse)
+
+
+def _rms_norm_backward(eps, kept, slope):
+    x, scale, inverse = _again(kept)
+    unit, slope = x.astype(jnp.float32) * inverse, slope.astype(jnp.float32)
+    of_scale = jnp.sum(slope * unit, axis=tuple(range(x.ndim - 1)))
+    slope = slope * scale.astype(jnp.float32)
+    of_x = inverse * (slope - unit * jnp.mean(slope * unit, axis=-1, keepdims=True))
+    return of_x.astype(x.dtype), of_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, computed in float32 and returned in their dtype.
+
+    Its gradient keeps only the arguments, which the products before it keep anyway; autodiff would keep three more.
+    """
+    return _swiglu_forward(gate, up)[0]
+
+
+def _swiglu_forward(gate, up):
+    wide = gate.astype(jnp.float32)
+    return (nn.silu(wide) * up.astype(jnp.float32)).astype(gate.dtype), (gate, up)
+
+
+def _swiglu_backward(kept, slope):
+    gate, up, slope = (x.astype(jnp.float32) for x in (*_again(kept), slope))
+    share = nn.sigmoid(gate)
+    of_gate, of_up = slope * up * share * (1 + gate * (1 - share)), slope * gate * share
+    return of_gate.astype(kept[0].dtype), of_up.astype(kept[1].dtype)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _again(kept: Any) -> Any:
+    """What a backward pass computes from these it computes anew: XLA would find it in the forward pass, and keep it."""
+    return jax.lax.optimization_barrier(kept)
 
 
 def _matrix(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, int], scale: float = 1.0) -> jax.Array:
@@ -203,7 +253,7 @@ class Mlp(nn.Module):
     def __call__(self, x):
         config = self.config
         gate, up = (_dense(self, config, name, x, config.d_ff) for name in ("gate", "up"))
-        return _dense(self, config, "down", nn.silu(gate) * up, config.d_model, (2 * config.layers) ** -0.5)
+        return _dense(self, config, "down", swiglu(gate, up), config.d_model, (2 * config.layers) ** -0.5)
 
 
 class Block(nn.Module):

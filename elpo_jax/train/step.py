@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from elpo_jax.model.transformer import Params
 from elpo_jax.train.mesh import batch_sharding, replicated, row_parts, shardings
@@ -127,13 +127,36 @@ def make_train_step(loss_fn: LossFn, optimizer: Optimizer, mesh: Mesh) -> Callab
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def step(state, batch, scalars):
+    def accumulate(params, batch, scalars):
         def micro(total, rows):
-            (loss, metrics), grads = gradient(state.params, rows, scalars)
+            (loss, metrics), grads = gradient(params, rows, scalars)
             return jax.tree.map(jnp.add, total, grads), {**metrics, "loss": loss}
 
-        grads, rows = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, state.params), batch)
-        metrics = {name: x.max(axis=0) if name.endswith("_max") else x.sum(axis=0) for name, x in rows.items()}
+        grads, rows = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, params), batch)
+        return grads, {name: x.max(axis=0) if _largest(name) else x.sum(axis=0) for name, x in rows.items()}
+
+    # Each copy of the parameters adds up its own rows, and the copies meet once, at the end of all micro-batches: left
+    # to itself XLA would have them meet for every matrix of every micro-batch, and for every chunk of the head.
+    def together(params, batch, scalars):
+        grads, metrics = accumulate(params, batch, scalars)
+        metrics = {name: (jax.lax.pmax if _largest(name) else jax.lax.psum)(x, "data") for name, x in metrics.items()}
+        return jax.lax.psum(grads, "data"), metrics
+
+    if mesh.shape["data"] > 1:
+        whole, rows = PartitionSpec(), PartitionSpec(None, "data")
+        accumulated = jax.shard_map(
+            together,
+            mesh=mesh,
+            in_specs=(whole, rows, whole),
+            out_specs=(whole, whole),
+            axis_names=frozenset({"data"}),
+            check_vma=False,
+        )
+    else:
+        accumulated = accumulate
+
+    def step(state, batch, scalars):
+        grads, metrics = accumulated(state.params, batch, scalars)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
@@ -168,6 +191,11 @@ def make_train_step(loss_fn: LossFn, optimizer: Optimizer, mesh: Mesh) -> Callab
         return compiled(state, batch, scalars)
 
     return run
+
+
+def _largest(metric: str) -> bool:
+    """Whether a metric's parts are combined by maximum."""
+    return metric.endswith("_max")
 
 
 def _need_float32(params: Params) -> None:
