@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "tests/tiny.py"
 # Files that take longest begin first where processes share the work; a long one at the end would keep the others idle.
-LONG = ("run", "sampler", "collect")
+LONG = ("run", "sampler", "bench", "collect", "plan", "fuzz_tools", "loss", "tree_attention")
 
 # How fast an example is generated and answered says nothing on a machine that does other things too.
 settings.register_profile("elpo_jax", deadline=None, suppress_health_check=[HealthCheck.too_slow])
