@@ -1,20 +1,46 @@
-"""One tiny run, made once as a user would make it, that several tests look at."""
+"""One tiny run, made once as a user would make it, that several tests look at; and what pytest itself is told.
 
+With pytest-xdist (`-n`) the tests of a file share a process, and all processes share the tiny run.
+"""
+
+import fcntl
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "tests/tiny.py"
+# Files that take longest begin first where processes share the work; a long one at the end would keep the others idle.
+LONG = ("run", "sampler", "bench", "collect", "plan", "fuzz_tools", "loss", "tree_attention")
+
+# How fast an example is generated and answered says nothing on a machine that does other things too.
+settings.register_profile("elpo_jax", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("elpo_jax")
+
+
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        rank = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: rank.get(item.path.name, len(rank)))  # stable: the order of a file is kept
 
 
 @pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory):
+def shared_folder(tmp_path_factory):
+    """A folder of this session of pytest, the same one in each of its processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compile_cache(shared_folder):
     """All tiny runs compile the same programs; once is enough."""
-    return str(tmp_path_factory.mktemp("compile_cache"))
+    return str(shared_folder / "compile_cache")
 
 
 @pytest.fixture(scope="session")
@@ -36,10 +62,15 @@ def start(compile_cache):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory, start):
+def tiny_run(shared_folder, start):
     """The folder of a finished, undisturbed run. Tests leave it as it is."""
-    workdir = tmp_path_factory.mktemp("tiny") / "run"
-    process = start(workdir)
-    output, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, output + errors
+    workdir = shared_folder / "tiny"
+    # The process that comes first makes it, and the others wait.
+    with open(shared_folder / "tiny.made", "a") as made:
+        fcntl.flock(made, fcntl.LOCK_EX)
+        if os.fstat(made.fileno()).st_size == 0:
+            process = start(workdir)
+            output, errors = process.communicate(timeout=900)
+            assert process.returncode == 0, output + errors
+            made.write("yes")
     return workdir

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def run(*arguments):
     command = [sys.executable, "-m", "experiments.bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.slow
@@ -61,7 +61,8 @@ def test_the_bench_of_the_sandbox_says_what_was_compared_under_which_limits():
     for line in rates:
         assert set(line["p50_ms"]) == set(line["p99_ms"]) == {"sandbox", *others}
         assert all(0 < line["p50_ms"][side] <= line["p99_ms"][side] for side in line["p50_ms"])
-        assert line["ratio"] == pytest.approx(line["value"] / line["against"], rel=2e-2)
+        # Rates are rounded to a tenth, and a busy machine starts only one or two processes in a second.
+        assert line["ratio"] == pytest.approx(line["value"] / line["against"], rel=max(2e-2, 0.06 / line["against"]))
         assert line["runs"] == 3 and line["calls"]["sandbox"] == 40 and line["program"] == "print(1 + 1)"
     start, memory, growth = (line for line in lines if line not in rates)
     assert (start["unit"], memory["unit"], growth["unit"]) == ("ms", "MB", "MB")
@@ -218,6 +219,7 @@ def test_the_bench_of_compiling_fills_and_reads_a_cache_of_its_own(monkeypatch):
 @pytest.mark.slow
 def test_the_benches_of_the_update_say_what_a_tree_saves_and_what_the_machine_can_do(monkeypatch):
     monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: None)  # without torch
+    monkeypatch.setattr(bench_train, "PEAK_SIZE", 256)  # no test looks at a speed
     settings = measure.Settings(quick=True, seed=0, runs=3)
     (tree,) = bench_train.bench_tree(settings)
     assert tree["token_ratio"] > tree["flop_ratio"] > 1.5
@@ -225,7 +227,7 @@ def test_the_benches_of_the_update_say_what_a_tree_saves_and_what_the_machine_ca
     assert 0 < tree["temp_mb"][0] < tree["temp_mb"][1]
     lines = list(bench_train.bench_update(settings))
     assert [line["sides"] for line in lines] == [
-        [f"update in {dtype}", "float32 matmul 2048^3"] for dtype in ("float32", "bfloat16")
+        [f"update in {dtype}", "float32 matmul 256^3"] for dtype in ("float32", "bfloat16")
     ]
 
 

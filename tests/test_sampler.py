@@ -173,10 +173,10 @@ def test_each_part_of_the_stream_and_the_seed_changes_the_tokens(sampler):
     assert len({tuple(turn.ids.tolist()) for turn in turns}) == 7
 
 
-def run_process(*mesh):
+def run_process(*arguments):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "sampler_scenario.py"), *map(str, mesh)],
+        [sys.executable, str(ROOT / "tests" / "sampler_scenario.py"), *map(str, arguments)],
         env=environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -186,12 +186,12 @@ def run_process(*mesh):
 
 @pytest.mark.slow
 def test_fresh_processes_repeat_every_bit_and_meshes_agree(stopping):
-    meshes = {"two": (2, 1, 1), "again": (2, 1, 1), "sharded": (1, 2, 2)}
+    meshes = {"two": (2, 1, 1, "decode"), "again": (2, 1, 1), "sharded": (1, 2, 2)}
     processes = {name: run_process(*mesh) for name, mesh in meshes.items()}
     here = scenario(stopping)
     results = {}
     for name, process in processes.items():
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == 0, err
         results[name] = json.loads(out)
     for key in ("ids", "logprobs", "entropies"):

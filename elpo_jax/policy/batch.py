@@ -225,7 +225,8 @@ def pack(examples: Sequence[Example], length: int, share: bool = True) -> Batch:
 
     Examples that begin with the same segments are laid out as one tree, with the shared tokens once. Loss and gradient
     are those of the examples one by one. A tree that is longer than a row is cut into several, each of as many
-    neighbouring branches as fit, so whatever fits without sharing fits with it.
+    neighbouring branches as fit. Sharing never takes more rows: where large trees leave more gaps than they save, the
+    examples are laid out one by one.
 
     Args:
       examples: Weighted examples.
@@ -248,6 +249,8 @@ def pack(examples: Sequence[Example], length: int, share: bool = True) -> Batch:
             raise ValueError(f"{example.task}: the example has no weights; call normalise on the whole batch first")
     trees = [lay_out(group) for group in (trees_of(examples, length) if share else [[e] for e in examples])]
     packed = first_fit_decreasing([tree.tokens.shape[1] for tree in trees], length)
+    if share and len(packed) > len(first_fit_decreasing([len(example.tokens) for example in examples], length)):
+        return pack(examples, length, share=False)
     batch = empty(len(packed), length)
     for row, members in enumerate(packed):
         start = 0
