@@ -256,7 +256,7 @@ def test_fork_equals_recompute():
     params, tokens = parameters(FULL), random_tokens(4, 12)
     _, cache = forward(FULL)(params, tokens, count_up(4, 12), new_cache(FULL, 4, 16))
     source, target = np.array([0, 0, 1, 3, 2], np.int32), np.array([2, 3, 9, 1_000_000, -1], np.int32)
-    cache = jax.jit(fork)(cache, source, np.zeros(5, np.int32), target, np.zeros(5, np.int32))
+    cache, _ = jax.jit(fork)(cache, None, source, np.zeros(5, np.int32), target, np.zeros(5, np.int32))
     branched = tokens.copy()
     branched[2:, :7] = tokens[0, :7]
     tail = random_tokens(4, 5, seed=3)
@@ -291,7 +291,7 @@ def test_rows_behind_a_trunk_equal_rows_that_hold_everything(data):
     none = np.zeros(4, np.int32)
     _, cache = forward(FULL)(params, tokens[:, :10], prompts, cache, where=locate(prompts, none))
     lift = jax.jit(fork)
-    cache = lift(cache, np.array([0, 2]), none[:2], np.array([4, 5]), none[:2])
+    cache, _ = lift(cache, None, np.array([0, 2]), none[:2], np.array([4, 5]), none[:2])
     # Half of what is left in one call that names the rows, backwards; then they are decoded.
     middle = (base + length) // 2
     order = np.array([3, 1, 0, 2], np.int32)
@@ -302,7 +302,7 @@ def test_rows_behind_a_trunk_equal_rows_that_hold_everything(data):
     for i, row in enumerate(order):
         close(hidden[i, base[row] : middle[row]], full[row, base[row] : middle[row]])
     # Row 3 moves to row 1, and row 0 to row 3, each behind what the new trunk has in common with it (here: nothing).
-    cache = lift(cache, np.array([3, 0]), base[[3, 0]], np.array([1, 3]), none[:2])
+    cache, _ = lift(cache, None, np.array([3, 0]), base[[3, 0]], np.array([1, 3]), none[:2])
     tokens, full, middle = tokens[[0, 3, 2, 0]], np.asarray(full)[[0, 3, 2, 0]], middle[[0, 3, 2, 0]]
     base = np.where(np.arange(4) % 2 == 1, 0, base).astype(np.int32)
     for step in range(int((length - middle).max())):
@@ -326,7 +326,7 @@ def test_blocks_cover_a_row_and_double(length):
 def test_fork_reads_all_rows_before_it_writes():
     cache = new_cache(BASE, 3, 4)
     cache = jax.tree.map(lambda x: x + jnp.arange(3.0).reshape(3, 1, 1, 1), cache)
-    swapped = fork(cache, jnp.array([0, 1]), jnp.zeros(2, int), jnp.array([1, 0]), jnp.zeros(2, int))
+    swapped, _ = fork(cache, None, jnp.array([0, 1]), jnp.zeros(2, int), jnp.array([1, 0]), jnp.zeros(2, int))
     for leaf in jax.tree.leaves(swapped):
         assert [float(leaf[row].min()) for row in range(3)] == [1.0, 0.0, 2.0]
 

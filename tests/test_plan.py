@@ -59,7 +59,7 @@ with jax.set_mesh(mesh):
     sampler.load(state.params, 0)
     begun = jax.tree.map(lambda x: x.copy(), state.params)
 real = {"parameters": held(state.params), "optimizer": held(state.opt_state), "cold start's parameters": held(begun),
-        "sampler's parameters": held(sampler._params), "KV cache": held(sampler._state.cache)}
+        "sampler's parameters": held(sampler._params), "KV cache": held(sampler._state[:2])}
 lines = {}
 for phase in plan.PHASES:
     depths = {n: plan.compile_phase(phase, plan.of_depth(config, n), mesh, 4) for n in plan.DEPTHS}

@@ -35,6 +35,8 @@ class SamplerConfig:
       context: Most tokens of a prefix and its turn together.
       group: Slots that share a trunk, in which a prefix that they have in common is kept and read once for all; 1 for
         none. Where it does not divide the slots of a device, the largest common divisor is taken.
+      parking: P, further rows, split like the slots, to which attempts whose tools are running are copied while others
+        use their slots; 0 for none, so that these attempts keep their slots.
       block: Columns of a cache row that are read whatever there is; beyond, a row is read as far as the longest one
         goes, rounded up to `block` times a power of 2.
       steps_per_visit: Tokens that every slot decodes before the host looks: more is less overhead, and a longer wait
@@ -46,6 +48,7 @@ class SamplerConfig:
     slots: int = 64
     context: int = 256
     group: int = 8
+    parking: int = 64
     block: int = 128
     steps_per_visit: int = 8
     prefill_buckets: tuple[int, ...] = (16, 64, 256)
@@ -55,6 +58,8 @@ class SamplerConfig:
         for name in ("slots", "context", "group", "block", "steps_per_visit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampler.{name}={getattr(self, name)} must be at least 1")
+        if self.parking < 0:
+            raise ValueError(f"sampler.parking={self.parking} must be at least 0")
         for name in ("prefill_buckets", "prefill_rows"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"sampler.{name}={getattr(self, name)} must be one or more positive sizes")
@@ -65,7 +70,8 @@ class Completion:
     """A turn that ended.
 
     Attributes:
-      ticket: The request's; its slot is held until the attempt's next turn is submitted or the ticket is released.
+      ticket: The request's; what it cached is held until the attempt's next turn is submitted or the ticket is
+        released, in its slot or in a parked row.
       segment: The sampled tokens with log-probabilities and entropies, the stop token included.
       stopped: True where a stop token ended it, False where `max_tokens` did.
     """
@@ -82,7 +88,7 @@ class _Job:
     ticket: int
     request: Request
     ids: np.ndarray  # int32, the whole prefix
-    own: Slot | None  # the held slot that it continues
+    own: Slot | None  # the held slot, or the parked row, that it continues
 
 
 class _Piece(NamedTuple):
@@ -115,7 +121,7 @@ class Sampler:
           mesh: Its axes `data` and `fsdp` split the slots; None for the first device alone.
 
         Raises:
-          ValueError: If the mesh cannot split the slots.
+          ValueError: If the mesh cannot split the slots or the parked rows.
         """
         if mesh is None:
             mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
@@ -123,11 +129,12 @@ class Sampler:
         if not axes:
             raise ValueError(f"slots are split over the mesh axes {decode.ROW_AXES}; the mesh has {mesh.axis_names}")
         self._shards = math.prod(mesh.shape[axis] for axis in axes)
-        if config.slots % self._shards:
-            raise ValueError(
-                f"sampler.slots={config.slots} cannot be split over {self._shards} devices of the mesh axes {axes}: "
-                f"choose a multiple of {self._shards}"
-            )
+        for name in ("slots", "parking"):
+            if getattr(config, name) % self._shards:
+                raise ValueError(
+                    f"sampler.{name}={getattr(config, name)} cannot be split over {self._shards} devices of the mesh "
+                    f"axes {axes}: choose a multiple of {self._shards}"
+                )
         self.config, self.context = config, config.context
         self._vocab, self._stop_ids, self._mesh = model_config.vocab_size, np.array(stop_ids, np.int32), mesh
         self._dtype = model_config.dtype
@@ -141,8 +148,10 @@ class Sampler:
         self._trunk_buckets = sorted({1, self._trunks_per_shard}) if self._trunks_per_shard else []
         trunks = self._trunks_per_shard * self._shards
         self._fork_sizes = [rows * self._shards for rows in self._row_buckets[:-1]] + [config.slots + trunks]
+        if config.parking:
+            self._fork_sizes.append(config.slots + trunks + min(config.slots, config.parking))
         self._new_state = functools.partial(
-            decode.make_state, model_config, mesh, config.slots, config.context, group, config.block
+            decode.make_state, model_config, mesh, config.slots, config.context, group, config.block, config.parking
         )
         self._state: decode.State | None = self._new_state()
         self._fork = decode.make_fork(model_config, mesh)
@@ -153,12 +162,12 @@ class Sampler:
             model_config, mesh, tuple(int(i) for i in stop_ids), seed, config.steps_per_visit
         )
         self._params: Params | None = None
-        self._table = SlotTable(config.slots, self._shards, group)
+        self._table = SlotTable(config.slots, self._shards, group, config.parking)
 
         self._next_ticket = 0
         self._waiting: list[_Job] = []
         self._running: dict[int, _Job] = {}  # by slot
-        self._held: dict[int, int] = {}  # ticket -> slot
+        self._held: dict[int, int] = {}  # ticket -> slot or parked row
         self._pending: jax.Array | np.ndarray | None = None  # what start_visit dispatched
         self._remaining = np.zeros(config.slots, np.int32)  # tokens that the turn may still have
         self._count = np.zeros(config.slots, np.int32)  # tokens of the turn so far
@@ -173,7 +182,7 @@ class Sampler:
     @property
     def free_slots(self) -> int:
         """Requests of new attempts that would be admitted at the next visit."""
-        return max(0, self._table.free - sum(job.own is None for job in self._waiting))
+        return self._table.room([job.own for job in self._waiting])
 
     @property
     def occupancy(self) -> float:
@@ -235,7 +244,7 @@ class Sampler:
         return job.ticket
 
     def release(self, ticket: int) -> None:
-        """Gives up the slot that is held for an ended turn. It stays a source of prefixes until it is needed.
+        """Gives up what is held for an ended turn. It stays a source of prefixes until its row is needed.
 
         Raises:
           ValueError: If nothing is held for the ticket.
@@ -267,9 +276,10 @@ class Sampler:
         self._need_params()
         self._admit()
         if self._waiting and not self._running:
+            parked = f", and all {self.config.parking} parked rows taken" if self.config.parking else ""
             raise RuntimeError(
                 f"{len(self._waiting)} requests wait but all {self.config.slots} slots are held by attempts between "
-                "turns: submit those attempts' next turns or release their tickets"
+                f"turns{parked}: submit those attempts' next turns or release their tickets"
             )
         if not self._running:
             self._pending = np.zeros((0, 3, self.config.slots), np.int32)
@@ -341,7 +351,10 @@ class Sampler:
         return ids
 
     def _admit(self) -> None:
-        """Gives slots to waiting requests, first come first served, and fills their rows wave by wave."""
+        """Gives slots to waiting requests, and fills their rows wave by wave.
+
+        Attempts that go on come before new ones, else first come first served.
+        """
         if not self._waiting:
             return
         # By the identity of the segments, all of which the requests keep alive.
@@ -350,7 +363,7 @@ class Sampler:
         trunks: dict[int, list[_Piece]] = {}
         rows: dict[int, list[_Piece]] = {}
         waiting, begun = [], []
-        for job in self._waiting:
+        for job in sorted(self._waiting, key=lambda job: job.own is None):
             siblings = same[tuple(map(id, job.request.prefix))]
             placement = self._table.place(job.request, len(job.ids), job.own, siblings)
             if placement is None:
@@ -361,6 +374,9 @@ class Sampler:
                     copy = (lift.source.slot, lift.source.base, self.config.slots + lift.trunk, 0)
                     copies.setdefault(lift.source.wave, []).append(copy)
                 trunks.setdefault(lift.wave, []).append(_Piece(lift.trunk, 0, lift.reuse, job.ids[lift.reuse : -1]))
+            if (park := placement.park) is not None:
+                copies.setdefault(0, []).append((park.slot, park.base, park.row, 0))
+                self._held = {ticket: park.row if i == park.slot else i for ticket, i in self._held.items()}
             slot, source, base, reuse = placement.slot, placement.source, placement.base, placement.reuse
             if source is not None:
                 copies.setdefault(source.wave, []).append((source.slot, source.base, slot, base))
