@@ -133,15 +133,18 @@ def _slot_use(name: str, config: ModelConfig, settings: Settings) -> dict:
     return line(settings, "rollout", case, use[0.015, 0.15], use[0.0, 0.0], "% of slot steps", sides)
 
 
-def _play(sampler: Sampler, attempts: int, turns: int, seconds: tuple[float, float], settings: Settings) -> int:
+def _play(
+    sampler: Sampler, attempts: int, turns: int, seconds: tuple[float, float], settings: Settings, visits: int = 1
+) -> int:
     """Attempts, eight to a prompt, with tools between their turns; returns the number of sampled tokens.
 
-    Scheduled as in `rollout.agent.play` with one visit per tool: an answer is waited for one visit after its turn.
+    Scheduled as in `rollout.agent.play`: an answer is waited for `visits` visits after its turn.
     """
     prompts = [_text(np.random.default_rng((settings.seed, i)), 64) for i in range(-(-attempts // 8))]
     waiting = deque((i, (prompts[i // 8],)) for i in range(attempts))
     live: dict[int, tuple[int, tuple[Segment, ...], int]] = {}
-    tokens, ended, ready = 0, [], {}
+    tokens, ended = 0, []
+    at_work: deque[list] = deque([] for _ in range(visits - 1))
 
     def submit(attempt: int, prefix: tuple[Segment, ...], turn: int) -> None:
         rng = np.random.default_rng((settings.seed, attempt, turn))  # the work does not depend on the schedule
@@ -149,23 +152,24 @@ def _play(sampler: Sampler, attempts: int, turns: int, seconds: tuple[float, flo
         request = Request((*prefix, *answer), (0, attempt // 8, attempt, turn), int(rng.integers(8, 41)))
         live[sampler.submit(request)] = (attempt, request.prefix, turn)
 
-    while waiting or live:
+    while waiting or live or any(at_work):
         for _ in range(min(sampler.free_slots, len(waiting))):
             submit(*waiting.popleft(), 1)
         sampler.start_visit(1.0)
+        calls = []
         for completion in ended:
             attempt, prefix, turn = live.pop(completion.ticket)
             tokens += len(completion.segment)
             if turn == turns:
                 sampler.release(completion.ticket)
                 continue
-            time.sleep(max(0.0, ready.pop(completion.ticket) - time.perf_counter()))
-            submit(attempt, (*prefix, completion.segment), turn + 1)
-        ended = sampler.finish_visit()
-        for completion in ended:
-            attempt, _, turn = live[completion.ticket]
             pause = np.random.default_rng((settings.seed, 1, attempt, turn)).uniform(*seconds)
-            ready[completion.ticket] = time.perf_counter() + pause
+            calls.append((time.perf_counter() + pause, attempt, (*prefix, completion.segment), turn + 1))
+        at_work.append(calls)
+        for ready, *call in at_work.popleft():
+            time.sleep(max(0.0, ready - time.perf_counter()))
+            submit(*call)
+        ended = sampler.finish_visit()
     return tokens
 
 

@@ -147,9 +147,10 @@ class Sampler:
         self._trunks_per_shard = self._per_shard // group if group > 1 else 0
         self._trunk_buckets = sorted({1, self._trunks_per_shard}) if self._trunks_per_shard else []
         trunks = self._trunks_per_shard * self._shards
-        self._fork_sizes = [rows * self._shards for rows in self._row_buckets[:-1]] + [config.slots + trunks]
-        if config.parking:
-            self._fork_sizes.append(config.slots + trunks + min(config.slots, config.parking))
+        # At most all slots and trunks are filled and all slots parked; mostly a good third of the slots changes hands.
+        sizes = {rows * self._shards for rows in self._row_buckets[:-1]}
+        sizes |= {3 * config.slots // 4} if config.parking else set()
+        self._fork_sizes = sorted({*sizes, config.slots + trunks + min(config.slots, config.parking)})
         self._new_state = functools.partial(
             decode.make_state, model_config, mesh, config.slots, config.context, group, config.block, config.parking
         )
