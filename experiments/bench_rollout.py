@@ -46,12 +46,12 @@ def bench_rollout(settings: Settings) -> Iterator[dict]:
                 names = [engine.name, best[1].name]
                 yield line(settings, "rollout", case, ours, best[0], "tokens/s", names)
     for name, config in settings.models("0.4M").items():
-        yield _slot_use(name, config, settings)
+        yield from _slot_use(name, config, settings)
 
 
 def _engine(config: ModelConfig, batch: int, prompt: int, turn: int, settings: Settings):
     """A sampler with its parameters loaded, and one request for each of its slots."""
-    sampler = Sampler(config, SamplerConfig(slots=batch, context=prompt + turn), (), settings.seed, _mesh())
+    sampler = Sampler(config, SamplerConfig(slots=batch, parking=0, context=prompt + turn), (), settings.seed, _mesh())
     params = decode.place_params(init(config, jax.random.key(settings.seed)), _mesh(), config.dtype)
     rng = np.random.default_rng(settings.seed)
     requests = [Request((_text(rng, prompt),), (0, 0, i, 1), turn) for i in range(batch)]
@@ -116,21 +116,33 @@ def _transformers(
     return work
 
 
-def _slot_use(name: str, config: ModelConfig, settings: Settings) -> dict:
-    """Share of the slots' steps that sampled a token, where every turn but the last waits for a tool."""
+def _slot_use(name: str, config: ModelConfig, settings: Settings) -> Iterator[dict]:
+    """Share of the slots' steps that sampled a token, where every turn but the last waits for a tool.
+
+    With attempts that keep their slots while they wait, and with parked rows; tools take 15 to 150 ms, which decides
+    how long all takes, and none of the shares.
+    """
     slots, attempts, turns = (8, 16, 2) if settings.quick else (64, 256, 4)
-    sampler = Sampler(config, SamplerConfig(slots=slots), (), settings.seed, _mesh())
-    sampler.load(init(config, jax.random.key(settings.seed)), version=0)
-    sampler.compile()
-    use = {}
-    for seconds in ((0.0, 0.0), (0.015, 0.15)):
-        for _ in range(2):  # the first starts everything
-            sampler.load(init(config, jax.random.key(settings.seed)), version=0)
-            _play(sampler, attempts, turns, seconds, settings)
-        use[seconds] = 100 * sampler.occupancy
-    case = f"{name}, {slots} slots, {attempts} attempts of {turns} turns"
-    sides = ["tools of 15 to 150 ms", "tools that take no time"]
-    return line(settings, "rollout", case, use[0.015, 0.15], use[0.0, 0.0], "% of slot steps", sides)
+    params = init(config, jax.random.key(settings.seed))
+    samplers = {}
+    for parking in (slots, 0):
+        shapes = SamplerConfig(slots=slots, parking=parking)
+        samplers[parking] = Sampler(config, shapes, (), settings.seed, _mesh())
+        samplers[parking].load(params, version=0)
+        samplers[parking].compile()
+    for visits in (1, 4):
+        use, seconds = [], []
+        for sampler in samplers.values():
+            for pause in ((0.0, 0.0), (0.015, 0.15)):  # the first starts everything
+                sampler.load(params, version=0)
+                begun = time.perf_counter()
+                _play(sampler, attempts, turns, pause, settings, visits)
+            use.append(100 * sampler.occupancy)
+            seconds.append(time.perf_counter() - begun)
+        case = f"{name}, {slots} slots, {attempts} attempts of {turns} turns, {visits} visits per tool"
+        sides = ["parked rows", "none"]
+        taken = {"seconds": [round(x, 2) for x in seconds]}
+        yield line(settings, "rollout", case, *use, "% of slot steps", sides) | taken
 
 
 def _play(
@@ -179,7 +191,8 @@ def bench_branch(settings: Settings) -> Iterator[dict]:
     shapes = (("tiny", 64, 16),) if settings.quick else (("S", 512, 128), ("S", 2048, 128), ("M", 512, 128))
     for name, length, suffix in shapes:
         config = settings.models(name)[name]
-        sampler = Sampler(config, SamplerConfig(slots=branches, context=length + suffix), (), settings.seed, _mesh())
+        shapes = SamplerConfig(slots=branches, parking=0, context=length + suffix)
+        sampler = Sampler(config, shapes, (), settings.seed, _mesh())
         params = init(config, jax.random.key(settings.seed))
         prefix = _text(np.random.default_rng(settings.seed), length)
 

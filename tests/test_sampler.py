@@ -35,7 +35,8 @@ PARKING = dataclasses.replace(SHAPES, parking=2)
 @pytest.fixture(scope="module")
 def compiled():
     samplers = {stops: Sampler(MODEL, SHAPES, stops, SEED) for stops in ((), STOPS)}
-    return samplers | {"parking": Sampler(MODEL, PARKING, STOPS, SEED)}
+    changes = {"parking": {}, "pieces": {"prefill_per_visit": 4}}
+    return samplers | {k: Sampler(MODEL, dataclasses.replace(PARKING, **v), STOPS, SEED) for k, v in changes.items()}
 
 
 def ready(sampler):
@@ -329,8 +330,15 @@ def test_held_slots_survive_while_the_others_churn(sampler, prefilled):
 # Attempts that wait make room for others.
 
 
-@pytest.mark.parametrize("visits", [1, 3])
-@pytest.mark.parametrize("change", [{}, {"parking": 8, "prefill_rows": (1, 2)}, {"slots": 6, "group": 3, "parking": 3}])
+@pytest.mark.parametrize("visits", [2, 4])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"prefill_per_visit": 4},
+        {"slots": 6, "group": 3, "parking": 8},
+    ],
+)
 def test_parking_changes_no_token(stopping, parks, change, visits):
     expected = waiting_scenario(stopping, visits=1)
     assert parks == [] and len(expected) > 25
@@ -413,7 +421,7 @@ def test_parked_attempts_of_other_parameters_can_only_be_released(parking, parks
     agrees(whole, turn.segment)
 
 
-@pytest.mark.parametrize("kind", [STOPS, "parking"])
+@pytest.mark.parametrize("kind", [STOPS, "parking", "pieces"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6))
 def test_any_tree_of_attempts_equals_one_pass_over_each(compiled, kind, seed):
@@ -450,6 +458,73 @@ def test_any_tree_of_attempts_equals_one_pass_over_each(compiled, kind, seed):
             idle[done.ticket] = ((*request.prefix, done.segment), request.stream)
             turns += 1
     assert sampler.free_slots == SHAPES.slots
+
+
+# A long prompt is prefilled in pieces, beside decoding.
+
+
+def test_slots_decode_in_every_visit_while_a_long_prompt_is_prefilled(sampler, prefilled):
+    """Three steps per visit; the prompt's 39 tokens are prefilled in calls of 16, 16, 4 and 4."""
+    requests = [Request((text(i, 5),), (0, 0, i, 1), 24) for i in range(3)]
+    late = Request((text(9, 40),), (0, 0, 9, 1), 6)
+    branch = Request((text(10, 3), text(11, 2)), (0, 0, 10, 1), 6)
+
+    def play(sampler):
+        """Tokens that each visit samples, and the turns."""
+        order = [sampler.submit(request) for request in requests]
+        sampled, done = [], {}
+        while len(done) < 5:
+            before = sampler._sampled
+            for completion in sampler.visit(1.0):
+                done[completion.ticket] = completion.segment
+                sampler.release(completion.ticket)
+            sampled.append(sampler._sampled - before)
+            if len(sampled) == 1:
+                order.append(sampler.submit(late))
+                with pytest.raises(RuntimeError, match="4 requests are in flight"):
+                    sampler.load(PARAMS, version=1)
+            if len(sampled) == 2:  # waits for a slot, and is prefilled behind the long one
+                order.append(sampler.submit(branch))
+        return sampled, [done[ticket] for ticket in order]
+
+    at_once, expected = play(sampler)
+    assert at_once[:2] == [9, 12]
+    shapes = dataclasses.replace(SHAPES, prefill_per_visit=16)
+    pieces = Sampler(MODEL, shapes, (), SEED)
+    pieces.load(PARAMS, version=0)
+    prefilled.clear()
+    sampled, turns = play(pieces)
+    assert prefilled[:7] == [4, 4, 4, 16, 16, 4, 3], "two rows of 16 tokens are more than a visit's share, and one call"
+    assert sampled[:4] == [9, 9, 9, 12], "when the row is filled its slot decodes, and not before"
+    for request, turn, whole in zip((*requests, late, branch), turns, expected, strict=True):
+        np.testing.assert_array_equal(turn.ids, whole.ids)
+        np.testing.assert_array_equal(turn.logprobs, whole.logprobs)
+        agrees(request.prefix, turn)
+
+
+def test_rows_that_are_being_filled_are_read_by_those_that_come_after_them():
+    """Also a trunk, and rows that take the place of a parked attempt; each visit does one call, beside a long turn."""
+    shapes = dataclasses.replace(SHAPES, prefill_per_visit=1, group=2, parking=2)
+    sampler = Sampler(MODEL, shapes, (), SEED)
+    sampler.load(PARAMS, version=0)
+    (held,) = finish(sampler, Request((start := text(8, 4),), (0, 0, 8, 1), 3))
+    prompt, more = text(0, 30), text(1, 5)
+    requests = [Request((text(9, 4),), (0, 0, 9, 1), 50), Request((prompt,), (0, 0, 0, 1), 9)]
+    requests += [Request((prompt, more), (0, 0, i, 1), 9) for i in (1, 2)]
+    requests += [Request((start, held.segment, text(2, 9)), (0, 0, 8, 2), 9), Request((prompt,), (0, 0, 3, 1), 9)]
+    live, done, most = {}, {}, 0
+    for i in range(40):
+        for request in requests[:1] if i == 0 else requests[1:2] if i == 1 else requests[2:4] if i == 2 else ():
+            live[sampler.submit(request)] = request
+        if i in (3, 6):
+            live[sampler.submit(requests[4 + i // 6])] = requests[4 + i // 6]
+        for completion in sampler.visit(1.0):
+            done[completion.ticket] = completion
+            sampler.release(completion.ticket)
+        most = max(most, len(sampler._filling))
+    assert most > 2 and len(done) == len(requests)
+    for ticket, request in live.items():
+        agrees(request.prefix, done[ticket].segment)
 
 
 # Ends of turns.
@@ -641,6 +716,7 @@ def test_misuse_is_named(sampler):
         {"context": 0},
         {"group": 0},
         {"parking": -1},
+        {"prefill_per_visit": -1},
         {"block": 0},
         {"steps_per_visit": 0},
         {"prefill_buckets": ()},
@@ -670,7 +746,7 @@ def test_tools_may_run_while_the_device_works(sampler):
 
 
 def test_nothing_is_compiled_after_the_warm_up(caplog, parks):
-    sampler = Sampler(MODEL, PARKING, (8,), SEED)
+    sampler = Sampler(MODEL, dataclasses.replace(PARKING, prefill_per_visit=8), (8,), SEED)
     sampler.load(PARAMS, version=0)
 
     def compilations(work):

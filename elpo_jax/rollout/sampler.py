@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -41,6 +41,9 @@ class SamplerConfig:
         goes, rounded up to `block` times a power of 2.
       steps_per_visit: Tokens that every slot decodes before the host looks: more is less overhead, and a longer wait
         for slots whose turn has ended.
+      prefill_per_visit: Tokens per device, padding included, that are prefilled before a visit decodes, if any slot
+        decodes; what is left is carried to the next visits, in order. 0 for all at once: a long prompt then keeps all
+        slots waiting, and none of them has to start late.
       prefill_buckets: Token counts that a prefill is padded to; longer ones are done in pieces.
       prefill_rows: Row counts that a prefill or fork is padded to, beside all slots.
     """
@@ -51,6 +54,7 @@ class SamplerConfig:
     parking: int = 64
     block: int = 128
     steps_per_visit: int = 8
+    prefill_per_visit: int = 0
     prefill_buckets: tuple[int, ...] = (16, 64, 256)
     prefill_rows: tuple[int, ...] = (4, 8, 16, 32)
 
@@ -58,8 +62,9 @@ class SamplerConfig:
         for name in ("slots", "context", "group", "block", "steps_per_visit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampler.{name}={getattr(self, name)} must be at least 1")
-        if self.parking < 0:
-            raise ValueError(f"sampler.parking={self.parking} must be at least 0")
+        for name in ("parking", "prefill_per_visit"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"sampler.{name}={getattr(self, name)} must be at least 0")
         for name in ("prefill_buckets", "prefill_rows"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"sampler.{name}={getattr(self, name)} must be one or more positive sizes")
@@ -98,6 +103,18 @@ class _Piece(NamedTuple):
     base: int
     first: int
     ids: np.ndarray  # int32
+
+
+class _Task(NamedTuple):
+    """One call on the device: copies, or a prefill of `tokens` tokens per device; then the rows of `slots` are filled.
+
+    Tasks are done in the order in which they were planned. So each finds the rows that it reads as the plan had them,
+    however many visits of decoding lie between.
+    """
+
+    tokens: int
+    run: Callable[[], None]
+    slots: list[int]
 
 
 class Sampler:
@@ -167,6 +184,8 @@ class Sampler:
 
         self._next_ticket = 0
         self._waiting: list[_Job] = []
+        self._tasks: collections.deque[_Task] = collections.deque()
+        self._filling: dict[int, tuple[_Job, int]] = {}  # by slot, with the tokens that its trunk holds
         self._running: dict[int, _Job] = {}  # by slot
         self._held: dict[int, int] = {}  # ticket -> slot or parked row
         self._pending: jax.Array | np.ndarray | None = None  # what start_visit dispatched
@@ -203,7 +222,7 @@ class Sampler:
         Raises:
           RuntimeError: If a turn is being sampled or waits to be: its tokens would come from two policies.
         """
-        in_flight = len(self._waiting) + len(self._running)
+        in_flight = len(self._waiting) + len(self._filling) + len(self._running)
         if in_flight:
             raise RuntimeError(f"{in_flight} requests are in flight: finish them before loading other parameters")
         self._params = decode.place_params(params, self._mesh, self._dtype)
@@ -276,6 +295,7 @@ class Sampler:
             raise ValueError(f"top_p={top_p} must be more than 0 and at most 1")
         self._need_params()
         self._admit()
+        self._fill()
         if self._waiting and not self._running:
             parked = f", and all {self.config.parking} parked rows taken" if self.config.parking else ""
             raise RuntimeError(
@@ -320,7 +340,7 @@ class Sampler:
         self.load(params, version=0)
         order = {self.submit(request): i for i, request in enumerate(requests)}
         turns: list[Segment | None] = [None] * len(requests)
-        while self._waiting or self._running:
+        while self._waiting or self._filling or self._running:
             for completion in self.visit(temperature):
                 turns[order[completion.ticket]] = completion.segment
                 self.release(completion.ticket)
@@ -352,7 +372,7 @@ class Sampler:
         return ids
 
     def _admit(self) -> None:
-        """Gives slots to waiting requests, and fills their rows wave by wave.
+        """Gives slots to waiting requests, and plans how their rows are filled, wave by wave.
 
         Attempts that go on come before new ones, else first come first served.
         """
@@ -363,7 +383,7 @@ class Sampler:
         copies: dict[int, list[tuple[int, int, int, int]]] = {}
         trunks: dict[int, list[_Piece]] = {}
         rows: dict[int, list[_Piece]] = {}
-        waiting, begun = [], []
+        waiting = []
         for job in sorted(self._waiting, key=lambda job: job.own is None):
             siblings = same[tuple(map(id, job.request.prefix))]
             placement = self._table.place(job.request, len(job.ids), job.own, siblings)
@@ -382,13 +402,25 @@ class Sampler:
             if source is not None:
                 copies.setdefault(source.wave, []).append((source.slot, source.base, slot, base))
             rows.setdefault(placement.wave, []).append(_Piece(slot, base, reuse, job.ids[reuse:-1]))
-            begun.append((slot, self._begin(slot, job, base)))
+            self._filling[slot] = job, base
         self._table.settle()
         self._waiting = waiting
         for wave in sorted({*copies, *trunks, *rows}):
-            self._copy(copies.get(wave, []))
-            self._fill(trunks.get(wave, []), trunks=True)
-            self._fill(rows.get(wave, []), trunks=False)
+            if wave in copies:
+                self._tasks.append(_Task(0, functools.partial(self._copy, copies[wave]), []))
+            self._tasks.extend(self._prefills(trunks.get(wave, []), trunks=True))
+            self._tasks.extend(self._prefills(rows.get(wave, []), trunks=False))
+
+    def _fill(self) -> None:
+        """Does what was planned, as far as it fits into the visit, and sets the slots that are filled to decode."""
+        most = self.config.prefill_per_visit or math.inf
+        spent, begun = 0, []
+        # The first prefill is done whatever its size, and all until there is a slot that would be kept waiting.
+        while self._tasks and (not spent or not self._running or spent + self._tasks[0].tokens <= most):
+            task = self._tasks.popleft()
+            task.run()
+            spent += task.tokens
+            begun += [(slot, self._begin(slot, *self._filling.pop(slot))) for slot in task.slots]
         if begun:
             self._run_rewind(begun)
 
@@ -412,16 +444,15 @@ class Sampler:
 
     def _copy(self, forks: list[tuple[int, int, int, int]]) -> None:
         """Copies rows, all of them at once: one may be read here and overwritten here (see `decode.make_fork`)."""
-        if not forks:
-            return
         padded = np.full((min(size for size in self._fork_sizes if size >= len(forks)), 4), -1, np.int32)
         padded[: len(forks)] = forks
         self._state = self._fork(self._state, padded)
 
-    def _fill(self, rows: list[_Piece], trunks: bool) -> None:
-        """Prefills slots or trunks, in pieces of bucketed size, those of a row in order."""
+    def _prefills(self, rows: list[_Piece], trunks: bool) -> Iterator[_Task]:
+        """What prefills slots or trunks, in pieces of bucketed size, those of a row in order."""
         sizes = {piece.row: split_prefill(len(piece.ids), self._token_buckets) for piece in rows}
-        per_shard = self._trunks_per_shard if trunks else self._per_shard
+        if not trunks and (ready := [row for row, pieces in sizes.items() if not pieces]):
+            yield _Task(0, lambda: None, ready)
         buckets = self._trunk_buckets if trunks else self._row_buckets
         for number in range(max(map(len, sizes.values()), default=0)):
             groups: dict[int, list[_Piece]] = {}
@@ -430,8 +461,26 @@ class Sampler:
                     done, tokens = sum(sizes[row][:number]), sizes[row][number]
                     groups.setdefault(tokens, []).append(_Piece(row, base, first + done, ids[done : done + tokens]))
             for tokens, group in sorted(groups.items()):
-                most = np.bincount([piece.row // per_shard for piece in group]).max()
-                self._run_prefill(group, min(rows for rows in buckets if rows >= most), tokens, trunks)
+                for part, most in self._split(group, tokens, trunks):
+                    count = min(rows for rows in buckets if rows >= most)
+                    run = functools.partial(self._run_prefill, part, count, tokens, trunks)
+                    filled = [piece.row for piece in part if number + 1 == len(sizes[piece.row])]
+                    yield _Task(count * tokens, run, [] if trunks else filled)
+
+    def _split(self, group: list[_Piece], tokens: int, trunks: bool) -> Iterator[tuple[list[_Piece], int]]:
+        """Parts of a prefill that fit into a visit, if rows of `tokens` tokens do, and the most rows of a shard."""
+        per_shard = self._trunks_per_shard if trunks else self._per_shard
+        buckets = self._trunk_buckets if trunks else self._row_buckets
+        budget = self.config.prefill_per_visit or math.inf
+        most = max((rows for rows in buckets if rows * tokens <= budget), default=buckets[0])
+        parts: dict[int, list[_Piece]] = {}
+        used = [0] * self._shards
+        for piece in group:
+            shard = piece.row // per_shard
+            parts.setdefault(used[shard] // most, []).append(piece)
+            used[shard] += 1
+        for number, part in parts.items():
+            yield part, min(most, max(used) - number * most)
 
     def _run_prefill(self, group: list[_Piece], rows: int, tokens: int, trunks: bool) -> None:
         """One call on `rows` slots or trunks per shard of `tokens` tokens each."""
