@@ -79,7 +79,7 @@ def our_step(config: ModelConfig, work: Work, dtype: str, seed: int) -> Callable
     """A step of this project: sample every attempt in float32, assign credit, pack the trees, update once."""
     mesh = make_mesh(MeshConfig())
     attempts = work.prompts * work.group
-    shape = SamplerConfig(slots=attempts, context=work.prompt + work.new, steps_per_visit=32)
+    shape = SamplerConfig(slots=attempts, parking=0, context=work.prompt + work.new, steps_per_visit=32)
     sampler = Sampler(config, shape, (), seed, mesh)
     trained = dataclasses.replace(config, dtype=dtype)
     optimizer = make_optimizer(OptimizerConfig(lr=1e-6, warmup_steps=0), total_steps=10_000)

@@ -46,12 +46,12 @@ def bench_rollout(settings: Settings) -> Iterator[dict]:
                 names = [engine.name, best[1].name]
                 yield line(settings, "rollout", case, ours, best[0], "tokens/s", names)
     for name, config in settings.models("0.4M").items():
-        yield _slot_use(name, config, settings)
+        yield from _slot_use(name, config, settings)
 
 
 def _engine(config: ModelConfig, batch: int, prompt: int, turn: int, settings: Settings):
     """A sampler with its parameters loaded, and one request for each of its slots."""
-    sampler = Sampler(config, SamplerConfig(slots=batch, context=prompt + turn), (), settings.seed, _mesh())
+    sampler = Sampler(config, SamplerConfig(slots=batch, parking=0, context=prompt + turn), (), settings.seed, _mesh())
     params = decode.place_params(init(config, jax.random.key(settings.seed)), _mesh(), config.dtype)
     rng = np.random.default_rng(settings.seed)
     requests = [Request((_text(rng, prompt),), (0, 0, i, 1), turn) for i in range(batch)]
@@ -116,32 +116,47 @@ def _transformers(
     return work
 
 
-def _slot_use(name: str, config: ModelConfig, settings: Settings) -> dict:
-    """Share of the slots' steps that sampled a token, where every turn but the last waits for a tool."""
+def _slot_use(name: str, config: ModelConfig, settings: Settings) -> Iterator[dict]:
+    """Share of the slots' steps that sampled a token, where every turn but the last waits for a tool.
+
+    With attempts that keep their slots while they wait, and with parked rows; tools take 15 to 150 ms, which decides
+    how long all takes, and none of the shares.
+    """
     slots, attempts, turns = (8, 16, 2) if settings.quick else (64, 256, 4)
-    sampler = Sampler(config, SamplerConfig(slots=slots), (), settings.seed, _mesh())
-    sampler.load(init(config, jax.random.key(settings.seed)), version=0)
-    sampler.compile()
-    use = {}
-    for seconds in ((0.0, 0.0), (0.015, 0.15)):
-        for _ in range(2):  # the first starts everything
-            sampler.load(init(config, jax.random.key(settings.seed)), version=0)
-            _play(sampler, attempts, turns, seconds, settings)
-        use[seconds] = 100 * sampler.occupancy
-    case = f"{name}, {slots} slots, {attempts} attempts of {turns} turns"
-    sides = ["tools of 15 to 150 ms", "tools that take no time"]
-    return line(settings, "rollout", case, use[0.015, 0.15], use[0.0, 0.0], "% of slot steps", sides)
+    params = init(config, jax.random.key(settings.seed))
+    samplers = {}
+    for parking in (slots, 0):
+        shapes = SamplerConfig(slots=slots, parking=parking)
+        samplers[parking] = Sampler(config, shapes, (), settings.seed, _mesh())
+        samplers[parking].load(params, version=0)
+        samplers[parking].compile()
+    for visits in (1, 4):
+        use, seconds = [], []
+        for sampler in samplers.values():
+            for pause in ((0.0, 0.0), (0.015, 0.15)):  # the first starts everything
+                sampler.load(params, version=0)
+                begun = time.perf_counter()
+                _play(sampler, attempts, turns, pause, settings, visits)
+            use.append(100 * sampler.occupancy)
+            seconds.append(time.perf_counter() - begun)
+        case = f"{name}, {slots} slots, {attempts} attempts of {turns} turns, {visits} visits per tool"
+        sides = ["parked rows", "none"]
+        taken = {"seconds": [round(x, 2) for x in seconds]}
+        yield line(settings, "rollout", case, *use, "% of slot steps", sides) | taken
 
 
-def _play(sampler: Sampler, attempts: int, turns: int, seconds: tuple[float, float], settings: Settings) -> int:
+def _play(
+    sampler: Sampler, attempts: int, turns: int, seconds: tuple[float, float], settings: Settings, visits: int = 1
+) -> int:
     """Attempts, eight to a prompt, with tools between their turns; returns the number of sampled tokens.
 
-    Scheduled as in `rollout.agent.play` with one visit per tool: an answer is waited for one visit after its turn.
+    Scheduled as in `rollout.agent.play`: an answer is waited for `visits` visits after its turn.
     """
     prompts = [_text(np.random.default_rng((settings.seed, i)), 64) for i in range(-(-attempts // 8))]
     waiting = deque((i, (prompts[i // 8],)) for i in range(attempts))
     live: dict[int, tuple[int, tuple[Segment, ...], int]] = {}
-    tokens, ended, ready = 0, [], {}
+    tokens, ended = 0, []
+    at_work: deque[list] = deque([] for _ in range(visits - 1))
 
     def submit(attempt: int, prefix: tuple[Segment, ...], turn: int) -> None:
         rng = np.random.default_rng((settings.seed, attempt, turn))  # the work does not depend on the schedule
@@ -149,23 +164,24 @@ def _play(sampler: Sampler, attempts: int, turns: int, seconds: tuple[float, flo
         request = Request((*prefix, *answer), (0, attempt // 8, attempt, turn), int(rng.integers(8, 41)))
         live[sampler.submit(request)] = (attempt, request.prefix, turn)
 
-    while waiting or live:
+    while waiting or live or any(at_work):
         for _ in range(min(sampler.free_slots, len(waiting))):
             submit(*waiting.popleft(), 1)
         sampler.start_visit(1.0)
+        calls = []
         for completion in ended:
             attempt, prefix, turn = live.pop(completion.ticket)
             tokens += len(completion.segment)
             if turn == turns:
                 sampler.release(completion.ticket)
                 continue
-            time.sleep(max(0.0, ready.pop(completion.ticket) - time.perf_counter()))
-            submit(attempt, (*prefix, completion.segment), turn + 1)
-        ended = sampler.finish_visit()
-        for completion in ended:
-            attempt, _, turn = live[completion.ticket]
             pause = np.random.default_rng((settings.seed, 1, attempt, turn)).uniform(*seconds)
-            ready[completion.ticket] = time.perf_counter() + pause
+            calls.append((time.perf_counter() + pause, attempt, (*prefix, completion.segment), turn + 1))
+        at_work.append(calls)
+        for ready, *call in at_work.popleft():
+            time.sleep(max(0.0, ready - time.perf_counter()))
+            submit(*call)
+        ended = sampler.finish_visit()
     return tokens
 
 
@@ -175,7 +191,8 @@ def bench_branch(settings: Settings) -> Iterator[dict]:
     shapes = (("tiny", 64, 16),) if settings.quick else (("S", 512, 128), ("S", 2048, 128), ("M", 512, 128))
     for name, length, suffix in shapes:
         config = settings.models(name)[name]
-        sampler = Sampler(config, SamplerConfig(slots=branches, context=length + suffix), (), settings.seed, _mesh())
+        shapes = SamplerConfig(slots=branches, parking=0, context=length + suffix)
+        sampler = Sampler(config, shapes, (), settings.seed, _mesh())
         params = init(config, jax.random.key(settings.seed))
         prefix = _text(np.random.default_rng(settings.seed), length)
 

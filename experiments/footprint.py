@@ -111,12 +111,10 @@ def sampler_params(config: Config, mesh: Mesh | AbstractMesh):
 def sampler_state(config: Config, mesh: Mesh | AbstractMesh) -> State:
     """What the sampler keeps on the devices, as shapes."""
     sampler = config.sampler
-    state = jax.eval_shape(
-        lambda: empty_state(config.model, sampler.slots, sampler.context, slot_group(config, mesh), sampler.block)
-    )
-    place = state_sharding(config.model, mesh)
-    cache = jax.tree.map(lambda x: _placed(x, place.cache), state.cache)
-    return State(cache, _placed(state.control, place.control))
+    sizes = sampler.slots, sampler.context, slot_group(config, mesh), sampler.block, sampler.parking
+    state = jax.eval_shape(lambda: empty_state(config.model, *sizes))
+    parts = zip(state, state_sharding(config.model, mesh), strict=True)
+    return State(*(jax.tree.map(lambda x, place=place: _placed(x, place), part) for part, place in parts))
 
 
 def slot_group(config: Config, mesh: Mesh | AbstractMesh) -> int:
@@ -147,7 +145,7 @@ def resident(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
         "optimizer": bytes_per_device(state.opt_state),
         "cold start's parameters": bytes_per_device(state.params),
         "sampler's parameters": bytes_per_device(sampler_params(config, mesh)) if copied else 0,
-        "KV cache": bytes_per_device(sampler_state(config, mesh).cache),
+        "KV cache": bytes_per_device(sampler_state(config, mesh)._replace(control=())),
     }
 
 

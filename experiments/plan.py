@@ -189,11 +189,15 @@ def splits(devices: int, heads: int) -> list[tuple[int, int, int]]:
 
 
 def fitted(config: Config, parts: int) -> Config:
-    """The config with micro-batches and slots raised to what `parts` parts of the rows can share."""
+    """The config with micro-batches, slots and parked rows raised to what `parts` parts of the rows can share."""
+
+    def up(number: int) -> int:
+        return -(-number // parts) * parts
+
     return dataclasses.replace(
         config,
-        rl=dataclasses.replace(config.rl, micro_rows=-(-config.rl.micro_rows // parts) * parts),
-        sampler=dataclasses.replace(config.sampler, slots=-(-config.sampler.slots // parts) * parts),
+        rl=dataclasses.replace(config.rl, micro_rows=up(config.rl.micro_rows)),
+        sampler=dataclasses.replace(config.sampler, slots=up(config.sampler.slots), parking=up(config.sampler.parking)),
     )
 
 
@@ -395,7 +399,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     room.add_section()
     room.add_row("fewest devices", "", *(result["smallest"][chip] or "none of 1024" for chip in chips))
     console.print(room)
-    console.print("Counted by hand, with micro-batches and slots raised to what the rows' parts can share.")
+    console.print(
+        "Counted by hand, with micro-batches, slots and parked rows raised to what the rows' parts can share."
+    )
 
 
 def _si(value: float) -> str:
@@ -432,11 +438,13 @@ def main(arguments: list[str] | None = None) -> int:
         sizes = dataclasses.replace(sizes, data=max(sizes.data, 1))
         parts = sizes.data * sizes.fsdp
         config.check(parts)
-        if config.sampler.slots % parts:
-            raise ConfigError(
-                f"sampler.slots={config.sampler.slots} cannot be split over mesh.data * mesh.fsdp = {parts}: choose a "
-                f"multiple, as with --set sampler.slots={fitted(config, parts).sampler.slots}"
-            )
+        for name in ("slots", "parking"):
+            rows, whole = (getattr(c.sampler, name) for c in (config, fitted(config, parts)))
+            if rows != whole:
+                raise ConfigError(
+                    f"sampler.{name}={rows} cannot be split over mesh.data * mesh.fsdp = {parts}: choose a multiple, "
+                    f"as with --set sampler.{name}={whole}"
+                )
         mesh = cpu_mesh(sizes)
         whole = options.full or config.model.layers <= 2 * DEPTHS[1]
         depths = (config.model.layers,) if whole else DEPTHS

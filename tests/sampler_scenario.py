@@ -20,7 +20,9 @@ from elpo_jax.trees.trajectory import Author, Segment
 MODEL = ModelConfig(
     vocab_size=67, d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=48, qk_norm=True, tied=False
 )
-SHAPES = SamplerConfig(slots=4, context=64, block=16, steps_per_visit=3, prefill_buckets=(4, 16), prefill_rows=(2,))
+SHAPES = SamplerConfig(
+    slots=4, context=64, parking=0, block=16, steps_per_visit=3, prefill_buckets=(4, 16), prefill_rows=(2,)
+)
 STOPS = (5, 6, 7)
 SEED = 3
 
@@ -57,6 +59,37 @@ def scenario(sampler: Sampler) -> list[Segment]:
     return turns
 
 
+def waiting_scenario(sampler: Sampler, visits: int) -> dict[tuple[int, int, int, int], Segment]:
+    """Attempts whose answers take `visits` visits, in more than there are slots: the turns, by stream.
+
+    Every third attempt takes its first turn back, and from every second one another branches while it waits.
+    """
+    prompts = [text(200 + i, 8 + 6 * i) for i in range(3)]
+    new = [((prompts[i % 3],), (2, i % 3, i, 1)) for i in range(9)]
+    live, turns = {}, {}
+    answers = [[] for _ in range(visits)]
+    while new or live or any(answers):
+        for longer, stream in answers.pop(0):
+            live[sampler.submit(Request(longer, stream, 4 + sum(stream) % 5))] = (longer, stream)
+        while new and sampler.free_slots:
+            prefix, stream = new.pop(0)
+            live[sampler.submit(Request(prefix, stream, 4 + sum(stream) % 5))] = (prefix, stream)
+        answers.append([])
+        for done in sampler.visit(0.9):
+            prefix, stream = live.pop(done.ticket)
+            turns[stream] = done.segment
+            longer, attempt, turn = (*prefix, done.segment, text(sum(stream), 3)), *stream[2:]
+            if turn == 1 and attempt < 9 and attempt % 2:
+                new.append((longer, (*stream[:2], 10 + attempt, 1)))
+            if turn == 1 and attempt % 3 == 0:
+                answers[-1].append((prefix, (*stream[:3], 9)))
+            elif turn < 3:
+                answers[-1].append((longer, (*stream[:3], turn + 1)))
+            else:
+                sampler.release(done.ticket)
+    return turns
+
+
 def main(data: int, fsdp: int, tensor: int, *, with_program: bool) -> None:
     jax.config.update("jax_num_cpu_devices", data * fsdp * tensor)
     mesh = make_mesh(MeshConfig(data, fsdp, tensor))
@@ -67,10 +100,15 @@ def main(data: int, fsdp: int, tensor: int, *, with_program: bool) -> None:
     sampler = Sampler(MODEL, shapes, STOPS, SEED, mesh)
     sampler.load(params, version=0)
     turns = scenario(sampler)
+    shapes = dataclasses.replace(shapes, parking=4)
+    parking = Sampler(MODEL, shapes, STOPS, SEED, mesh)
+    parking.load(params, version=0)
+    parked = waiting_scenario(parking, visits=2)
     line = {
         "ids": [turn.ids.tolist() for turn in turns],
         "logprobs": [[float(x).hex() for x in turn.logprobs] for turn in turns],
         "entropies": [[float(x).hex() for x in turn.entropies] for turn in turns],
+        "parked": [turn.ids.tolist() for _, turn in sorted(parked.items())],
     }
     if with_program:
         fn = decode.make_decode(MODEL, mesh, STOPS, SEED, steps=3)

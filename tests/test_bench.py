@@ -34,7 +34,11 @@ def test_every_bench_prints_one_json_line_per_measurement():
     if "no comparison with transformers" not in done.stderr:
         theirs = lines.pop(1)
         assert theirs["sides"][0] == "sampler" and theirs["sides"][1].startswith("transformers, ")
-    units = {"rollout": ["tokens/s", "% of slot steps"], "branch": ["tokens/s"], "train": ["tokens/s"]}
+    units = {
+        "rollout": ["tokens/s", "% of slot steps", "% of slot steps"],
+        "branch": ["tokens/s"],
+        "train": ["tokens/s"],
+    }
     units["decode"] = ["us/token", "draws/s", "draws/s"]
     for name, expected in units.items():
         assert [line["unit"] for line in lines if line["bench"] == name] == expected
@@ -175,10 +179,10 @@ def test_attempts_of_the_rollout_bench_are_played_to_the_end():
     """Every turn of every attempt is sampled, whatever the number of slots, and the amount of work is the same."""
     settings = measure.Settings(quick=True, seed=0, runs=3)
     tokens = set()
-    for slots in (2, 5):
-        sampler = Sampler(measure.TINY, SamplerConfig(slots=slots), (), seed=0)
+    for slots, parking, visits in ((2, 0, 1), (5, 0, 3), (2, 2, 3)):
+        sampler = Sampler(measure.TINY, SamplerConfig(slots=slots, parking=parking), (), seed=0)
         sampler.load(init(measure.TINY, jax.random.key(0)), version=0)
-        tokens.add(bench_rollout._play(sampler, attempts=7, turns=2, seconds=(0.0, 0.01), settings=settings))
+        tokens.add(bench_rollout._play(sampler, 7, turns=2, seconds=(0.0, 0.01), settings=settings, visits=visits))
         assert sampler.free_slots == slots
     assert len(tokens) == 1 and 14 * 8 <= tokens.pop() <= 14 * 40
 

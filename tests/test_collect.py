@@ -49,8 +49,8 @@ class World:
     params: dict
     mesh: object
 
-    def sampler(self, slots: int, dtype: str = "float32") -> Sampler:
-        config = dataclasses.replace(self.config.sampler, slots=slots)
+    def sampler(self, slots: int, dtype: str = "float32", **shapes: int) -> Sampler:
+        config = dataclasses.replace(self.config.sampler, slots=slots, **shapes)
         model = dataclasses.replace(self.config.model, dtype=dtype)
         sampler = Sampler(model, config, self.environment.chat.stop_ids, self.config.seed)
         sampler.load(self.params, version=1)
@@ -212,9 +212,12 @@ def test_neither_slots_nor_neighbours_change_an_attempt(world, trees):
 
 
 def test_neither_the_visits_of_a_tool_nor_its_slowness_change_an_attempt(world, trees):
-    """Answers come later, so other turns share a batch; which visit takes an answer is fixed, however fast the tool."""
+    """Answers come later, so other turns share a batch; which visit takes an answer is fixed, however fast the tool.
+
+    Nor does it matter whether attempts that wait keep their slots or are parked, and how much a visit prefills.
+    """
     slow = dataclasses.replace(world, environment=dataclasses.replace(world.environment, tool_visits=3))
-    for a, b in zip(trees, grow(slow, world.sampler(16)), strict=True):
+    for a, b in zip(trees, grow(slow, world.sampler(10, parking=5, prefill_per_visit=64)), strict=True):
         assert [(x.parent, x.anchor) for x in a.leaves] == [(x.parent, x.anchor) for x in b.leaves]
         for x, y in zip(a.leaves, b.leaves, strict=True):
             np.testing.assert_array_equal(x.trajectory.ids(), y.trajectory.ids())

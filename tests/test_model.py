@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elpo_jax.model.cache import block_lengths, fork, locate, new_cache
+from elpo_jax.model.cache import block_lengths, fork, locate, new_cache, new_parked
 from elpo_jax.model.config import ModelConfig, RopeScaling, config_from_json, count_params
 from elpo_jax.model.logprob import logprob_and_entropy, summed_loss, token_logprobs
 from elpo_jax.model.transformer import apply, dense, init, rms_norm, swiglu, unembed
@@ -296,7 +296,7 @@ def test_fork_equals_recompute():
     params, tokens = parameters(FULL), random_tokens(4, 12)
     _, cache = forward(FULL)(params, tokens, count_up(4, 12), new_cache(FULL, 4, 16))
     source, target = np.array([0, 0, 1, 3, 2], np.int32), np.array([2, 3, 9, 1_000_000, -1], np.int32)
-    cache = jax.jit(fork)(cache, source, np.zeros(5, np.int32), target, np.zeros(5, np.int32))
+    cache, _ = jax.jit(fork)(cache, None, source, np.zeros(5, np.int32), target, np.zeros(5, np.int32))
     branched = tokens.copy()
     branched[2:, :7] = tokens[0, :7]
     tail = random_tokens(4, 5, seed=3)
@@ -331,7 +331,7 @@ def test_rows_behind_a_trunk_equal_rows_that_hold_everything(data):
     none = np.zeros(4, np.int32)
     _, cache = forward(FULL)(params, tokens[:, :10], prompts, cache, where=locate(prompts, none))
     lift = jax.jit(fork)
-    cache = lift(cache, np.array([0, 2]), none[:2], np.array([4, 5]), none[:2])
+    cache, _ = lift(cache, None, np.array([0, 2]), none[:2], np.array([4, 5]), none[:2])
     # Half of what is left in one call that names the rows, backwards; then they are decoded.
     middle = (base + length) // 2
     order = np.array([3, 1, 0, 2], np.int32)
@@ -342,7 +342,7 @@ def test_rows_behind_a_trunk_equal_rows_that_hold_everything(data):
     for i, row in enumerate(order):
         close(hidden[i, base[row] : middle[row]], full[row, base[row] : middle[row]])
     # Row 3 moves to row 1, and row 0 to row 3, each behind what the new trunk has in common with it (here: nothing).
-    cache = lift(cache, np.array([3, 0]), base[[3, 0]], np.array([1, 3]), none[:2])
+    cache, _ = lift(cache, None, np.array([3, 0]), base[[3, 0]], np.array([1, 3]), none[:2])
     tokens, full, middle = tokens[[0, 3, 2, 0]], np.asarray(full)[[0, 3, 2, 0]], middle[[0, 3, 2, 0]]
     base = np.where(np.arange(4) % 2 == 1, 0, base).astype(np.int32)
     for step in range(int((length - middle).max())):
@@ -366,9 +366,35 @@ def test_blocks_cover_a_row_and_double(length):
 def test_fork_reads_all_rows_before_it_writes():
     cache = new_cache(BASE, 3, 4)
     cache = jax.tree.map(lambda x: x + jnp.arange(3.0).reshape(3, 1, 1, 1), cache)
-    swapped = fork(cache, jnp.array([0, 1]), jnp.zeros(2, int), jnp.array([1, 0]), jnp.zeros(2, int))
+    swapped, _ = fork(cache, None, jnp.array([0, 1]), jnp.zeros(2, int), jnp.array([1, 0]), jnp.zeros(2, int))
     for leaf in jax.tree.leaves(swapped):
         assert [float(leaf[row].min()) for row in range(3)] == [1.0, 0.0, 2.0]
+
+
+def test_parked_rows_hold_whole_sequences_and_change_places_with_rows():
+    """Two groups of two rows and four parked rows; every value is another."""
+
+    def numbered(tree):
+        count = itertools.count(1)
+        return jax.tree.map(lambda x: (jnp.arange(x.size) + 1e5 * next(count)).reshape(x.shape), tree)
+
+    def columns(rows):  # of a layer: [row, column, ...]
+        k, v = (np.concatenate(x, axis) for x, axis in ((rows.k, 3), (rows.v, 2)))
+        return np.concatenate([np.moveaxis(k, 3, 1), np.moveaxis(v, 2, 1)], axis=2)
+
+    cache = numbered(new_cache(BASE, 4, 12, groups=2, block=4))
+    parked = numbered(new_parked(BASE, 4, 12, block=4))
+    # Row 3 behind 5 tokens of trunk 1 changes places with parked row 2, which goes behind 7; parked row 0 is lifted to
+    # trunk 0, row 0 is parked whole in row 3, and a parked row moves.
+    moves = np.array([(3, 5, 8, 0), (8, 0, 3, 7), (6, 0, 4, 0), (0, 0, 9, 0), (9, 0, 7, 0), (1, 0, -1, 0)], np.int32)
+    moved, aside = jax.jit(fork)(cache, parked, *moves.T)
+    for before, after, waited, waits in zip(cache, moved, parked, aside, strict=True):
+        own, trunk, old = columns(before.own), columns(before.trunk), columns(waited)
+        new, lifted, spare = columns(after.own), columns(after.trunk), columns(waits)
+        np.testing.assert_array_equal(new[:3], own[:3])
+        np.testing.assert_array_equal(new[3, :5], old[2, 7:])
+        np.testing.assert_array_equal(lifted, [old[0], trunk[1]])
+        np.testing.assert_array_equal(spare, [old[0], old[3], np.concatenate([trunk[1, :5], own[3, :7]]), own[0]])
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

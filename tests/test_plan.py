@@ -32,7 +32,9 @@ TINY = Config(
     model=ModelConfig(
         vocab_size=256, d_model=64, layers=6, heads=4, kv_heads=2, head_dim=16, d_ff=128, qkv_bias=True, tied=False
     ),
-    sampler=SamplerConfig(slots=16, context=128, steps_per_visit=4, prefill_buckets=(64,), prefill_rows=(8,)),
+    sampler=SamplerConfig(
+        slots=16, parking=8, context=128, steps_per_visit=4, prefill_buckets=(64,), prefill_rows=(8,)
+    ),
     rl=RlConfig(prompts=8, updates=2, micro_rows=8),
     sft=SftConfig(rows=8, micro_rows=8),
 )
@@ -59,7 +61,7 @@ with jax.set_mesh(mesh):
     sampler.load(state.params, 0)
     begun = jax.tree.map(lambda x: x.copy(), state.params)
 real = {"parameters": held(state.params), "optimizer": held(state.opt_state), "cold start's parameters": held(begun),
-        "sampler's parameters": held(sampler._params), "KV cache": held(sampler._state.cache)}
+        "sampler's parameters": held(sampler._params), "KV cache": held(sampler._state[:2])}
 lines = {}
 for phase in plan.PHASES:
     depths = {n: plan.compile_phase(phase, plan.of_depth(config, n), mesh, 4) for n in plan.DEPTHS}
@@ -222,6 +224,7 @@ def test_what_cannot_be_planned_is_named_with_a_remedy(tmp_path, capsys):
     for arguments, message in (
         (["--mesh", "3"], "micro_rows=8 cannot be split over mesh.data * mesh.fsdp = 3"),
         (["--mesh", "data=8", "--set", "sampler.slots=12"], "--set sampler.slots=16"),
+        (["--mesh", "data=8", "--set", "sampler.parking=12"], "--set sampler.parking=16"),
         (["--mesh", "2x"], "--mesh '2x' is no mesh: give 8 (fsdp)"),
         (["--mesh", "rows=2"], "is no mesh"),
         (["--mesh", "0"], "is no mesh"),

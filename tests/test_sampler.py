@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sampler_scenario import MODEL, SEED, SHAPES, STOPS, make_params, scenario, text
+from sampler_scenario import MODEL, SEED, SHAPES, STOPS, make_params, scenario, text, waiting_scenario
 
 from elpo_jax.model.cache import block_lengths
 from elpo_jax.model.logprob import token_logprobs
@@ -29,9 +29,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 PARAMS = make_params()
 
 
+PARKING = dataclasses.replace(SHAPES, parking=2)
+
+
 @pytest.fixture(scope="module")
 def compiled():
-    return {stops: Sampler(MODEL, SHAPES, stops, SEED) for stops in ((), STOPS)}
+    samplers = {stops: Sampler(MODEL, SHAPES, stops, SEED) for stops in ((), STOPS)}
+    changes = {"parking": {}, "pieces": {"prefill_per_visit": 4}}
+    return samplers | {k: Sampler(MODEL, dataclasses.replace(PARKING, **v), STOPS, SEED) for k, v in changes.items()}
 
 
 def ready(sampler):
@@ -51,6 +56,25 @@ def sampler(compiled):
 @pytest.fixture
 def stopping(compiled):
     return ready(compiled[STOPS])
+
+
+@pytest.fixture
+def parking(compiled):
+    """With stop ids, and two parked rows."""
+    return ready(compiled["parking"])
+
+
+@pytest.fixture
+def parks(monkeypatch):
+    """What is parked from here on."""
+    seen, original = [], SlotTable._park
+
+    def spy(self, slot):
+        seen.append(original(self, slot))
+        return seen[-1]
+
+    monkeypatch.setattr(SlotTable, "_park", spy)
+    return seen
 
 
 @jax.jit
@@ -189,15 +213,17 @@ def test_fresh_processes_repeat_every_bit_and_meshes_agree(stopping):
     meshes = {"two": (2, 1, 1, "decode"), "again": (2, 1, 1), "sharded": (1, 2, 2)}
     processes = {name: run_process(*mesh) for name, mesh in meshes.items()}
     here = scenario(stopping)
+    parked = [turn.ids.tolist() for _, turn in sorted(waiting_scenario(ready(stopping), visits=1).items())]
     results = {}
     for name, process in processes.items():
         out, err = process.communicate(timeout=900)
         assert process.returncode == 0, err
         results[name] = json.loads(out)
-    for key in ("ids", "logprobs", "entropies"):
+    for key in ("ids", "logprobs", "entropies", "parked"):
         assert results["two"][key] == results["again"][key]
     for result in results.values():
         assert result["ids"] == [turn.ids.tolist() for turn in here]
+        assert result["parked"] == parked
         for turn, logprobs, entropies in zip(here, result["logprobs"], result["entropies"], strict=True):
             np.testing.assert_allclose(turn.logprobs, [float.fromhex(x) for x in logprobs], atol=1e-5)
             np.testing.assert_allclose(turn.entropies, [float.fromhex(x) for x in entropies], atol=1e-5)
@@ -301,11 +327,106 @@ def test_held_slots_survive_while_the_others_churn(sampler, prefilled):
     agrees(whole, third.segment)
 
 
+# Attempts that wait make room for others.
+
+
+@pytest.mark.parametrize("visits", [2, 4])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"prefill_per_visit": 4},
+        {"slots": 6, "group": 3, "parking": 8},
+    ],
+)
+def test_parking_changes_no_token(stopping, parks, change, visits):
+    expected = waiting_scenario(stopping, visits=1)
+    assert parks == [] and len(expected) > 25
+    sampler = Sampler(MODEL, dataclasses.replace(PARKING, **change), STOPS, SEED)
+    sampler.load(PARAMS, version=0)
+    turns = waiting_scenario(sampler, visits)
+    assert turns.keys() == expected.keys() and len(parks) > 3
+    for stream, turn in turns.items():
+        same(turn, expected[stream])
+    assert sampler.free_slots == sampler.config.slots
+
+
+def test_a_parked_attempt_comes_back_without_a_prefill_and_others_branch_off_it(parking, parks, prefilled):
+    anchor, whole, _ = branch_point(parking)
+    others = [Request((text(20 + i, 9),), (0, 1, i, 1), 30) for i in range(4)]
+    assert parking.free_slots == 4, "three slots, and that of the attempt that waits"
+    for request in others:
+        parking.submit(request)
+    parking.start_visit(1.0)
+    assert [park.slot for park in parks] == [0] and parking.free_slots == 0
+    prefilled.clear()
+    parking.submit(Request(whole, (0, 0, 0, 3), 10))
+    parking.submit(Request(anchor, (0, 0, 7, 2), 10))
+    done = {}
+    while len(done) < 6:
+        done |= {completion.ticket: completion for completion in parking.finish_visit()}
+        parking.start_visit(1.0)
+    parking.finish_visit()
+    # What is missing is the last sampled token and all but the last of the answer; of the branch it is nothing.
+    assert sum(prefilled) == 7
+    *churn, back, branch = (done[ticket].segment for ticket in sorted(done))
+    agrees(whole, back)
+    agrees(anchor, branch)
+    for request, turn in zip(others, churn, strict=True):
+        agrees(request.prefix, turn)
+
+
+def test_attempts_that_go_on_come_before_new_ones_and_exchange_places_with_those_that_wait(compiled, parks):
+    """Two slots and one parked row."""
+    shapes = dataclasses.replace(SHAPES, slots=2, parking=1)
+    sampler = Sampler(MODEL, shapes, (), SEED)
+    sampler.load(PARAMS, version=0)
+    prompts = [text(i, 9) for i in range(5)]
+    first, second = finish(sampler, *(Request((prompts[i],), (0, 0, i, 1), 3) for i in (0, 1)))
+    (third,) = finish(sampler, Request((prompts[2],), (0, 0, 2, 1), 3))  # parks the attempt that was held last
+    assert len(parks) == 1 and sampler.free_slots == 0
+    late = sampler.submit(Request((prompts[3],), (0, 0, 3, 1), 3))
+    with pytest.raises(RuntimeError, match=r"all 2 slots are held .* and all 1 parked rows taken"):
+        sampler.visit(1.0)
+    # Both slots are held and no parked row is free, but the one that goes on leaves its own.
+    onward = (prompts[1], second.segment, text(9, 4))
+    ticket = sampler.submit(Request(onward, (0, 0, 1, 2), 3))
+    assert sampler.free_slots == 0
+    (done,) = sampler.visit(1.0)
+    assert done.ticket == ticket and len(parks) == 2 and {park.row for park in parks} == {parks[0].row}
+    agrees(onward, done.segment)
+    sampler.release(done.ticket)
+    (done,) = sampler.visit(1.0)
+    assert done.ticket == late
+    for prompt, held, attempt in ((0, first, 0), (2, third, 2)):
+        onward = (prompts[prompt], held.segment, text(8, 4))
+        (done,) = finish(sampler, Request(onward, (0, 0, attempt, 2), 5))
+        agrees(onward, done.segment)
+    for ticket in list(sampler._held):
+        sampler.release(ticket)
+    assert sampler.free_slots == 2
+
+
+def test_parked_attempts_of_other_parameters_can_only_be_released(parking, parks):
+    _, whole, ticket = branch_point(parking)
+    for completion in finish(parking, *(Request((text(i, 5),), (0, 1, i, 1), 3) for i in range(4))):
+        parking.release(completion.ticket)
+    assert len(parks) == 1
+    parking.load(PARAMS, version=8)
+    with pytest.raises(VersionError, match="version 0 and version 8 is loaded"):
+        parking.submit(Request(whole, (0, 0, 0, 3), 5))
+    assert parking.free_slots == 4
+    parking.release(ticket)
+    (turn,) = finish(parking, Request(whole, (0, 0, 0, 3), 5))
+    agrees(whole, turn.segment)
+
+
+@pytest.mark.parametrize("kind", [STOPS, "parking", "pieces"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6))
-def test_any_tree_of_attempts_equals_one_pass_over_each(compiled, seed):
+def test_any_tree_of_attempts_equals_one_pass_over_each(compiled, kind, seed):
     """Random attempts that branch, are taken back and wait for their tools, in more than there are slots."""
-    rng, sampler = np.random.default_rng(seed), ready(compiled[STOPS])
+    rng, sampler = np.random.default_rng(seed), ready(compiled[kind])
     known = [(text(seed + i, int(rng.integers(1, 20))),) for i in range(3)]
     live, idle, turns, attempts = {}, {}, 0, 0
     while turns < 25 or live or idle:
@@ -329,12 +450,81 @@ def test_any_tree_of_attempts_equals_one_pass_over_each(compiled, seed):
             prefix = known[rng.integers(len(known))]
             request = Request(prefix, (0, 0, attempts, 1), int(rng.integers(1, 9)))
             live[sampler.submit(request)] = request
-        for done in sampler.visit(1.0):
+        completions = sampler.visit(1.0)
+        assert all(job.own is not None for job in sampler._waiting), "new attempts begin as was promised"
+        for done in completions:
             request = live.pop(done.ticket)
             agrees(request.prefix, done.segment)
             idle[done.ticket] = ((*request.prefix, done.segment), request.stream)
             turns += 1
     assert sampler.free_slots == SHAPES.slots
+
+
+# A long prompt is prefilled in pieces, beside decoding.
+
+
+def test_slots_decode_in_every_visit_while_a_long_prompt_is_prefilled(sampler, prefilled):
+    """Three steps per visit; the prompt's 39 tokens are prefilled in calls of 16, 16, 4 and 4."""
+    requests = [Request((text(i, 5),), (0, 0, i, 1), 24) for i in range(3)]
+    late = Request((text(9, 40),), (0, 0, 9, 1), 6)
+    branch = Request((text(10, 3), text(11, 2)), (0, 0, 10, 1), 6)
+
+    def play(sampler):
+        """Tokens that each visit samples, and the turns."""
+        order = [sampler.submit(request) for request in requests]
+        sampled, done = [], {}
+        while len(done) < 5:
+            before = sampler._sampled
+            for completion in sampler.visit(1.0):
+                done[completion.ticket] = completion.segment
+                sampler.release(completion.ticket)
+            sampled.append(sampler._sampled - before)
+            if len(sampled) == 1:
+                order.append(sampler.submit(late))
+                with pytest.raises(RuntimeError, match="4 requests are in flight"):
+                    sampler.load(PARAMS, version=1)
+            if len(sampled) == 2:  # waits for a slot, and is prefilled behind the long one
+                order.append(sampler.submit(branch))
+        return sampled, [done[ticket] for ticket in order]
+
+    at_once, expected = play(sampler)
+    assert at_once[:2] == [9, 12]
+    shapes = dataclasses.replace(SHAPES, prefill_per_visit=16)
+    pieces = Sampler(MODEL, shapes, (), SEED)
+    pieces.load(PARAMS, version=0)
+    prefilled.clear()
+    sampled, turns = play(pieces)
+    assert prefilled[:7] == [4, 4, 4, 16, 16, 4, 3], "two rows of 16 tokens are more than a visit's share, and one call"
+    assert sampled[:4] == [9, 9, 9, 12], "when the row is filled its slot decodes, and not before"
+    for request, turn, whole in zip((*requests, late, branch), turns, expected, strict=True):
+        np.testing.assert_array_equal(turn.ids, whole.ids)
+        np.testing.assert_array_equal(turn.logprobs, whole.logprobs)
+        agrees(request.prefix, turn)
+
+
+def test_rows_that_are_being_filled_are_read_by_those_that_come_after_them():
+    """Also a trunk, and rows that take the place of a parked attempt; each visit does one call, beside a long turn."""
+    shapes = dataclasses.replace(SHAPES, prefill_per_visit=1, group=2, parking=2)
+    sampler = Sampler(MODEL, shapes, (), SEED)
+    sampler.load(PARAMS, version=0)
+    (held,) = finish(sampler, Request((start := text(8, 4),), (0, 0, 8, 1), 3))
+    prompt, more = text(0, 30), text(1, 5)
+    requests = [Request((text(9, 4),), (0, 0, 9, 1), 50), Request((prompt,), (0, 0, 0, 1), 9)]
+    requests += [Request((prompt, more), (0, 0, i, 1), 9) for i in (1, 2)]
+    requests += [Request((start, held.segment, text(2, 9)), (0, 0, 8, 2), 9), Request((prompt,), (0, 0, 3, 1), 9)]
+    live, done, most = {}, {}, 0
+    for i in range(40):
+        for request in requests[:1] if i == 0 else requests[1:2] if i == 1 else requests[2:4] if i == 2 else ():
+            live[sampler.submit(request)] = request
+        if i in (3, 6):
+            live[sampler.submit(requests[4 + i // 6])] = requests[4 + i // 6]
+        for completion in sampler.visit(1.0):
+            done[completion.ticket] = completion
+            sampler.release(completion.ticket)
+        most = max(most, len(sampler._filling))
+    assert most > 2 and len(done) == len(requests)
+    for ticket, request in live.items():
+        agrees(request.prefix, done[ticket].segment)
 
 
 # Ends of turns.
@@ -525,6 +715,8 @@ def test_misuse_is_named(sampler):
         {"slots": 0},
         {"context": 0},
         {"group": 0},
+        {"parking": -1},
+        {"prefill_per_visit": -1},
         {"block": 0},
         {"steps_per_visit": 0},
         {"prefill_buckets": ()},
@@ -553,8 +745,8 @@ def test_tools_may_run_while_the_device_works(sampler):
         sampler.release(ticket)
 
 
-def test_nothing_is_compiled_after_the_warm_up(caplog):
-    sampler = Sampler(MODEL, SHAPES, (8,), SEED)
+def test_nothing_is_compiled_after_the_warm_up(caplog, parks):
+    sampler = Sampler(MODEL, dataclasses.replace(PARKING, prefill_per_visit=8), (8,), SEED)
     sampler.load(PARAMS, version=0)
 
     def compilations(work):
@@ -565,6 +757,7 @@ def test_nothing_is_compiled_after_the_warm_up(caplog):
 
     assert compilations(sampler.compile), "the warm-up compiles, and this test can see it"
     assert compilations(lambda: scenario(sampler)) == []
+    assert compilations(lambda: waiting_scenario(sampler, visits=2)) == [] and parks
     requests = [Request((text(i, 1 + 5 * i),), (0, 0, i, 1), 9) for i in range(9)]
     other = make_params(4)
     for temperature in (1.0, 0.7, 0.0):

@@ -6,7 +6,9 @@ queries of a group meet the trunk's keys in one product, and a softmax over trun
 in Hydragen, arXiv 2402.05099). Blocks that no query looks into are skipped while running, so a short sequence in a long
 cache costs what a short cache would. Keys lie as [B, K, N, C] and values as [B, K, C, N], the orders in which one
 decoded token's two products read memory contiguously; only this module knows that.
-Letters: B rows, G trunks, R rows of a call, T tokens, H query heads, K key/value heads, N head width, C block columns.
+Parked rows hold whole sequences that no query looks into: those of attempts that wait while others use their rows.
+Letters: B rows, G trunks, P parked rows, R rows of a call, T tokens, H query heads, K key/value heads, N head width, C
+block columns.
 """
 
 from collections.abc import Callable
@@ -21,11 +23,17 @@ from elpo_jax.model.config import ModelConfig
 _FLOOR = -1e29  # above MASKED: a query that sees nothing of a part gives every column there the weight exp(-9e29) = 0
 
 
+Blocks = tuple[jax.Array, ...]
+
+
 class Rows(NamedTuple):
     """Keys and values of one layer, in the compute dtype, block after block."""
 
-    k: tuple[jax.Array, ...]  # of [B, K, N, C]
-    v: tuple[jax.Array, ...]  # of [B, K, C, N]
+    k: Blocks  # of [B, K, N, C]
+    v: Blocks  # of [B, K, C, N]
+
+
+_NONE = Rows((), ())
 
 
 class LayerCache(NamedTuple):
@@ -36,6 +44,7 @@ class LayerCache(NamedTuple):
 
 
 Cache = tuple[LayerCache, ...]
+Parked = tuple[Rows, ...]  # a layer each
 
 
 class Where(NamedTuple):
@@ -83,15 +92,27 @@ def new_cache(config: ModelConfig, rows: int, length: int, groups: int = 0, bloc
     if groups and rows % groups:
         raise ValueError(f"{rows} rows cannot be divided into {groups} groups of the same size")
 
-    def empty(count):
-        shape = count, config.kv_heads
-        sizes = block_lengths(length, block)
+    own = _empty(config, rows, length, block)
+    trunks = _empty(config, groups, length, block) if groups else (None,) * config.layers
+    return tuple(map(LayerCache, own, trunks))
+
+
+def new_parked(config: ModelConfig, rows: int, length: int, block: int = 128) -> Parked:
+    """Empty parked rows of a cache whose rows have `length` columns, the first `block` of them in the first block."""
+    return _empty(config, rows, length, block)
+
+
+def _empty(config: ModelConfig, rows: int, length: int, block: int) -> tuple[Rows, ...]:
+    """Zeros, a layer each."""
+    shape, sizes = (rows, config.kv_heads), block_lengths(length, block)
+
+    def layer() -> Rows:
         return Rows(
             tuple(jnp.zeros((*shape, config.head_dim, size), config.dtype) for size in sizes),
             tuple(jnp.zeros((*shape, size, config.head_dim), config.dtype) for size in sizes),
         )
 
-    return tuple(LayerCache(empty(rows), empty(groups) if groups else None) for _ in range(config.layers))
+    return tuple(layer() for _ in range(config.layers))
 
 
 def cache_rows(cache: Cache) -> int:
@@ -224,60 +245,70 @@ def _ungroup(part: _Part, size: int) -> _Part:
 
 def fork(
     cache: Cache,
+    parked: Parked | None,
     source: jax.Array,
     source_base: jax.Array,
     target: jax.Array,
     target_base: jax.Array,
-    first: jax.Array | int = 0,
-    total: int | None = None,
+    shard: jax.Array | int = 0,
+    shards: int = 1,
     exchange: Callable[[jax.Array], jax.Array] = lambda rows: rows,
-) -> Cache:
-    """Copies sequences from rows to rows or trunks, so that a branch starts without a prefill.
+) -> tuple[Cache, Parked | None]:
+    """Copies sequences between rows, trunks and parked rows: a branch starts without a prefill, an attempt makes room.
+
+    Rows are numbered 0..B-1, trunks from B on and parked rows from B + G on, over all shards. Trunks and parked rows
+    hold their sequences whole, rows only what follows the tokens of their trunk.
 
     Args:
       cache: The cache, or what a shard has of it.
-      source: int32 [n], rows to read; all are read before any is written.
-      source_base: int32 [n], tokens of its trunk that precede what a source row holds.
-      target: int32 [n], rows to overwrite, each at most once; B + i is trunk i, and anything else makes it a no-op.
+      parked: Its parked rows, or what a shard has of them; None where there are none.
+      source: int32 [n], rows or parked rows to read; all are read before any is written.
+      source_base: int32 [n], tokens of its trunk that precede what a source row holds; 0 for a parked row.
+      target: int32 [n], what to overwrite, each at most once; any other number makes it a no-op.
       target_base: int32 [n], tokens of the sequence that a target row need not hold, since its trunk does.
-      first: Number of the shard's first row among those of all shards.
-      total: B, rows of all shards; None where there is one.
+      shard: Number of this shard.
+      shards: Number of all.
       exchange: Adds up over the shards what each has read, which is 0 where the source is another's.
 
     Returns:
-      The cache, in which each target row or trunk holds what its source and the trunk before it held.
+      The cache and the parked rows, in which each target holds what its source and the trunk before it held.
     """
-    rows = cache_rows(cache)
-    total = rows if total is None else total
-    inside = target - first
-    row = jnp.where((inside >= 0) & (inside < rows) & (target < total), inside, rows)
-    mine = (source >= first) & (source < first + rows)
-    source = jnp.where(mine, source - first, 0)
+    parked = parked or (_NONE,) * len(cache)
+    kinds = [(layer.own, layer.trunk or _NONE, held) for layer, held in zip(cache, parked, strict=True)]
+    rows, groups, spares = counts = [len(kind.k[0]) if kind.k else 0 for kind in kinds[0]]
 
-    def read(x: jax.Array) -> jax.Array:
-        return exchange(jnp.where(mine[:, None, None, None], x, 0))
+    def local(number: jax.Array) -> list[jax.Array]:
+        """The number as an index among the shard's rows, trunks and parked rows; past the last where it is none."""
+        inside = [number - shards * sum(counts[:i]) - shard * count for i, count in enumerate(counts)]
+        return [jnp.where((x >= 0) & (x < count), x, count) for x, count in zip(inside, counts, strict=True)]
 
-    def copy(layer: LayerCache) -> LayerCache:
-        if layer.trunk is None:
-            return LayerCache(jax.tree.map(lambda x: x.at[row].set(read(x[source]), mode="drop"), layer.own), None)
-        groups = layer.trunk.k[0].shape[0]
-        size = rows // groups
-        trunk = target - total - first // size
-        trunk = jnp.where((target >= total) & (trunk >= 0) & (trunk < groups), trunk, groups)
-        own, trunks = [], []
-        for held, shared, axis in ((layer.own.k, layer.trunk.k, 3), (layer.own.v, layer.trunk.v, 2)):
-            before = jnp.concatenate([x[source // size] for x in shared], axis)
-            behind = _shift(jnp.concatenate([x[source] for x in held], axis), source_base, axis)
-            place = jnp.expand_dims(jnp.arange(before.shape[axis]), tuple(range(1, 4 - axis)))
-            whole = read(jnp.where(place < source_base[:, None, None, None], before, behind))
-            ends = [sum(x.shape[axis] for x in held[: i + 1]) for i in range(len(held) - 1)]
-            new = jnp.split(_shift(whole, -target_base, axis), ends, axis)
-            own.append(tuple(x.at[row].set(y, mode="drop") for x, y in zip(held, new, strict=True)))
-            theirs = jnp.split(whole, ends, axis)
-            trunks.append(tuple(x.at[trunk].set(y, mode="drop") for x, y in zip(shared, theirs, strict=True)))
-        return LayerCache(Rows(*own), Rows(*trunks))
+    places = local(target)
+    row, _, aside = local(source)
+    waits, mine = (x[:, None, None, None] for x in (aside < spares, (row < rows) | (aside < spares)))
+    row, aside = jnp.minimum(row, rows - 1), jnp.minimum(aside, spares - 1)
 
-    return tuple(map(copy, cache))
+    def copy(axis: int, own: Blocks, trunk: Blocks, held: Blocks) -> list[Blocks]:
+        """All keys, or all values, of a layer's rows, trunks and parked rows."""
+        whole = jnp.concatenate([x[row] for x in own], axis)
+        if trunk:
+            before = jnp.concatenate([x[row // (rows // groups)] for x in trunk], axis)
+            place = jnp.expand_dims(jnp.arange(whole.shape[axis]), tuple(range(1, 4 - axis)))
+            whole = jnp.where(place < source_base[:, None, None, None], before, _shift(whole, source_base, axis))
+        if held:
+            whole = jnp.where(waits, jnp.concatenate([x[aside] for x in held], axis), whole)
+        whole = exchange(jnp.where(mine, whole, 0))
+        ends = [sum(x.shape[axis] for x in own[: i + 1]) for i in range(len(own) - 1)]
+        behind = _shift(whole, -target_base, axis) if trunk else whole
+        whole, behind = (jnp.split(x, ends, axis) for x in (whole, behind))
+        return [
+            tuple(x.at[place].set(y, mode="drop") for x, y in zip(blocks, new, strict=False))
+            for blocks, place, new in zip((own, trunk, held), places, (behind, whole, whole), strict=True)
+        ]
+
+    kinds = [map(Rows, copy(3, *(x.k for x in kind)), copy(2, *(x.v for x in kind))) for kind in kinds]
+    own, trunks, parked = zip(*kinds, strict=True)
+    cache = tuple(LayerCache(x, y if groups else None) for x, y in zip(own, trunks, strict=True))
+    return cache, parked if spares else None
 
 
 def _shift(x: jax.Array, by: jax.Array, axis: int) -> jax.Array:

@@ -33,12 +33,14 @@ class State(NamedTuple):
 
     Attributes:
       cache: Of every slot and every trunk.
+      parked: Parked rows, which only a fork reads or writes; None where there are none.
       control: int32 [B, 8]. For each slot the last token of its sequence (which is not in the cache yet), its position,
         how many tokens may still be sampled (0 for an idle slot), how many of its tokens the trunk holds, and the
         request's four stream integers.
     """
 
     cache: kv.Cache
+    parked: kv.Parked | None
     control: jax.Array
 
 
@@ -77,28 +79,36 @@ def cache_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(row_axes(mesh), heads))
 
 
-def make_state(config: ModelConfig, mesh: Mesh, slots: int, length: int, group: int, block: int) -> State:
-    """An empty state, split by slot; `group` slots share a trunk, none do where it is 1 (see `model.cache`)."""
-    return _state_maker(config, mesh, slots, length, group, block)()
+def make_state(config: ModelConfig, mesh: Mesh, *sizes: int) -> State:
+    """An empty state, split by slot; `sizes` are those of `empty_state`."""
+    return _state_maker(config, mesh, *sizes)()
 
 
 @functools.cache
-def _state_maker(
-    config: ModelConfig, mesh: Mesh, slots: int, length: int, group: int, block: int
-) -> Callable[[], State]:
-    empty = functools.partial(empty_state, config, slots, length, group, block)
-    return jax.jit(empty, out_shardings=state_sharding(config, mesh))
+def _state_maker(config: ModelConfig, mesh: Mesh, *sizes: int) -> Callable[[], State]:
+    return jax.jit(functools.partial(empty_state, config, *sizes), out_shardings=state_sharding(config, mesh))
 
 
-def empty_state(config: ModelConfig, slots: int, length: int, group: int, block: int) -> State:
-    """A state in which every slot is idle."""
+def empty_state(config: ModelConfig, slots: int, length: int, group: int, block: int, parking: int = 0) -> State:
+    """A state in which every slot is idle.
+
+    Args:
+      config: The network.
+      slots: B.
+      length: Columns of a row, of a trunk and of a parked row.
+      group: Slots that share a trunk (see `model.cache`); none do where it is 1.
+      block: Columns of their first block.
+      parking: P, parked rows.
+    """
     cache = kv.new_cache(config, slots, length, slots // group if group > 1 else 0, block)
-    return State(cache, jnp.zeros((slots, CONTROL_WIDTH), jnp.int32))
+    parked = kv.new_parked(config, parking, length, block) if parking else None
+    return State(cache, parked, jnp.zeros((slots, CONTROL_WIDTH), jnp.int32))
 
 
 def state_sharding(config: ModelConfig, mesh: Mesh) -> State:
-    """Where the cache's arrays, all of them, and the control array lie."""
-    return State(cache_sharding(config, mesh), NamedSharding(mesh, PartitionSpec(row_axes(mesh))))
+    """Where the arrays of the cache and of the parked rows, all of them, and the control array lie."""
+    rows = cache_sharding(config, mesh)
+    return State(rows, rows, NamedSharding(mesh, PartitionSpec(row_axes(mesh))))
 
 
 @functools.cache
@@ -106,22 +116,22 @@ def make_fork(config: ModelConfig, mesh: Mesh) -> Callable:
     """Compiles (state, forks int32 [R, 4]) -> state, which is donated: `model.cache.fork` of R rows.
 
     The columns of `forks` are a source, how many tokens of its trunk come before it, a target, and behind how many
-    tokens of its own trunk it will begin. A target of B + i is trunk i, and one of -1 marks padding. Only the copied
-    rows cross between shards.
+    tokens of its own trunk it will begin, numbered as there. A target of -1 marks padding. Only the copied rows cross
+    between shards.
     """
     axes = row_axes(mesh)
     shards = math.prod(mesh.shape[axis] for axis in axes)
 
-    def fork(cache, forks):
-        rows = kv.cache_rows(cache)
+    def fork(cache, parked, forks):
         exchange = functools.partial(jax.lax.psum, axis_name=axes)
-        return kv.fork(cache, *forks.T, jax.lax.axis_index(axes) * rows, shards * rows, exchange)
+        return kv.fork(cache, parked, *forks.T, jax.lax.axis_index(axes), shards, exchange)
 
     split = PartitionSpec(axes)
-    mapped = _per_shard(fork, mesh, (split, WHOLE), split)
+    mapped = _per_shard(fork, mesh, (split, split, WHOLE), (split, split))
 
     def run(state, forks):
-        return state._replace(cache=mapped(state.cache, forks))
+        cache, parked = mapped(state.cache, state.parked, forks)
+        return State(cache, parked, state.control)
 
     return jax.jit(run, donate_argnums=0, out_shardings=state_sharding(config, mesh))
 
@@ -177,9 +187,8 @@ def make_decode(config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...], seed
     # An id that is never sampled keeps the comparison below well-formed without stop ids.
     stops = jnp.array(stop_ids or (-1,), jnp.int32)
 
-    def decode(params, state, sampling):
+    def decode(params, cache, start, sampling):
         temperature, top_p = sampling
-        start = state.control
         base = jnp.where(start[:, REMAINING] > 0, start[:, BASE], 0)  # what idle slots share need not be read
         uniforms = stream_uniforms(seed, start[:, STREAM], start[:, POSITION] + 1, steps)
 
@@ -197,14 +206,19 @@ def make_decode(config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...], seed
             remaining = jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
             return (cache, token, position, remaining), out
 
-        carry = (state.cache, start[:, TOKEN], start[:, POSITION], start[:, REMAINING])
+        carry = (cache, start[:, TOKEN], start[:, POSITION], start[:, REMAINING])
         (cache, *now), out = jax.lax.scan(step, carry, uniforms)
-        return State(cache, start.at[:, :BASE].set(jnp.stack(now, axis=1))), out
+        return cache, start.at[:, :BASE].set(jnp.stack(now, axis=1)), out
 
     split, columns = PartitionSpec(row_axes(mesh)), PartitionSpec(None, None, row_axes(mesh))
-    mapped = _per_shard(decode, mesh, (WHOLE, split, WHOLE), (split, columns))
+    mapped = _per_shard(decode, mesh, (WHOLE, split, split, WHOLE), (split, split, columns))
+
+    def run(params, state, sampling):
+        cache, control, out = mapped(params, state.cache, state.control, sampling)
+        return State(cache, state.parked, control), out
+
     shardings = state_sharding(config, mesh), NamedSharding(mesh, columns)
-    return jax.jit(mapped, donate_argnums=1, out_shardings=shardings)
+    return jax.jit(run, donate_argnums=1, out_shardings=shardings)
 
 
 def stream_uniforms(seed: int, streams: jax.Array, positions: jax.Array, steps: int) -> jax.Array:

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,10 +35,15 @@ class SamplerConfig:
       context: Most tokens of a prefix and its turn together.
       group: Slots that share a trunk, in which a prefix that they have in common is kept and read once for all; 1 for
         none. Where it does not divide the slots of a device, the largest common divisor is taken.
+      parking: P, further rows, split like the slots, to which attempts whose tools are running are copied while others
+        use their slots; 0 for none, so that these attempts keep their slots.
       block: Columns of a cache row that are read whatever there is; beyond, a row is read as far as the longest one
         goes, rounded up to `block` times a power of 2.
       steps_per_visit: Tokens that every slot decodes before the host looks: more is less overhead, and a longer wait
         for slots whose turn has ended.
+      prefill_per_visit: Tokens per device, padding included, that are prefilled before a visit decodes, if any slot
+        decodes; what is left is carried to the next visits, in order. 0 for all at once: a long prompt then keeps all
+        slots waiting, and none of them has to start late.
       prefill_buckets: Token counts that a prefill is padded to; longer ones are done in pieces.
       prefill_rows: Row counts that a prefill or fork is padded to, beside all slots.
     """
@@ -46,8 +51,10 @@ class SamplerConfig:
     slots: int = 64
     context: int = 256
     group: int = 8
+    parking: int = 64
     block: int = 128
     steps_per_visit: int = 8
+    prefill_per_visit: int = 0
     prefill_buckets: tuple[int, ...] = (16, 64, 256)
     prefill_rows: tuple[int, ...] = (4, 8, 16, 32)
 
@@ -55,6 +62,9 @@ class SamplerConfig:
         for name in ("slots", "context", "group", "block", "steps_per_visit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampler.{name}={getattr(self, name)} must be at least 1")
+        for name in ("parking", "prefill_per_visit"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"sampler.{name}={getattr(self, name)} must be at least 0")
         for name in ("prefill_buckets", "prefill_rows"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"sampler.{name}={getattr(self, name)} must be one or more positive sizes")
@@ -65,7 +75,8 @@ class Completion:
     """A turn that ended.
 
     Attributes:
-      ticket: The request's; its slot is held until the attempt's next turn is submitted or the ticket is released.
+      ticket: The request's; what it cached is held until the attempt's next turn is submitted or the ticket is
+        released, in its slot or in a parked row.
       segment: The sampled tokens with log-probabilities and entropies, the stop token included.
       stopped: True where a stop token ended it, False where `max_tokens` did.
     """
@@ -82,7 +93,7 @@ class _Job:
     ticket: int
     request: Request
     ids: np.ndarray  # int32, the whole prefix
-    own: Slot | None  # the held slot that it continues
+    own: Slot | None  # the held slot, or the parked row, that it continues
 
 
 class _Piece(NamedTuple):
@@ -92,6 +103,18 @@ class _Piece(NamedTuple):
     base: int
     first: int
     ids: np.ndarray  # int32
+
+
+class _Task(NamedTuple):
+    """One call on the device: copies, or a prefill of `tokens` tokens per device; then the rows of `slots` are filled.
+
+    Tasks are done in the order in which they were planned. So each finds the rows that it reads as the plan had them,
+    however many visits of decoding lie between.
+    """
+
+    tokens: int
+    run: Callable[[], None]
+    slots: list[int]
 
 
 class Sampler:
@@ -115,7 +138,7 @@ class Sampler:
           mesh: Its axes `data` and `fsdp` split the slots; None for the first device alone.
 
         Raises:
-          ValueError: If the mesh cannot split the slots.
+          ValueError: If the mesh cannot split the slots or the parked rows.
         """
         if mesh is None:
             mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
@@ -123,11 +146,12 @@ class Sampler:
         if not axes:
             raise ValueError(f"slots are split over the mesh axes {decode.ROW_AXES}; the mesh has {mesh.axis_names}")
         self._shards = math.prod(mesh.shape[axis] for axis in axes)
-        if config.slots % self._shards:
-            raise ValueError(
-                f"sampler.slots={config.slots} cannot be split over {self._shards} devices of the mesh axes {axes}: "
-                f"choose a multiple of {self._shards}"
-            )
+        for name in ("slots", "parking"):
+            if getattr(config, name) % self._shards:
+                raise ValueError(
+                    f"sampler.{name}={getattr(config, name)} cannot be split over {self._shards} devices of the mesh "
+                    f"axes {axes}: choose a multiple of {self._shards}"
+                )
         self.config, self.context = config, config.context
         self._vocab, self._stop_ids, self._mesh = model_config.vocab_size, np.array(stop_ids, np.int32), mesh
         self._dtype = model_config.dtype
@@ -140,9 +164,12 @@ class Sampler:
         self._trunks_per_shard = self._per_shard // group if group > 1 else 0
         self._trunk_buckets = sorted({1, self._trunks_per_shard}) if self._trunks_per_shard else []
         trunks = self._trunks_per_shard * self._shards
-        self._fork_sizes = [rows * self._shards for rows in self._row_buckets[:-1]] + [config.slots + trunks]
+        # At most all slots and trunks are filled and all slots parked; mostly a good third of the slots changes hands.
+        sizes = {rows * self._shards for rows in self._row_buckets[:-1]}
+        sizes |= {3 * config.slots // 4} if config.parking else set()
+        self._fork_sizes = sorted({*sizes, config.slots + trunks + min(config.slots, config.parking)})
         self._new_state = functools.partial(
-            decode.make_state, model_config, mesh, config.slots, config.context, group, config.block
+            decode.make_state, model_config, mesh, config.slots, config.context, group, config.block, config.parking
         )
         self._state: decode.State | None = self._new_state()
         self._fork = decode.make_fork(model_config, mesh)
@@ -153,12 +180,14 @@ class Sampler:
             model_config, mesh, tuple(int(i) for i in stop_ids), seed, config.steps_per_visit
         )
         self._params: Params | None = None
-        self._table = SlotTable(config.slots, self._shards, group)
+        self._table = SlotTable(config.slots, self._shards, group, config.parking)
 
         self._next_ticket = 0
         self._waiting: list[_Job] = []
+        self._tasks: collections.deque[_Task] = collections.deque()
+        self._filling: dict[int, tuple[_Job, int]] = {}  # by slot, with the tokens that its trunk holds
         self._running: dict[int, _Job] = {}  # by slot
-        self._held: dict[int, int] = {}  # ticket -> slot
+        self._held: dict[int, int] = {}  # ticket -> slot or parked row
         self._pending: jax.Array | np.ndarray | None = None  # what start_visit dispatched
         self._remaining = np.zeros(config.slots, np.int32)  # tokens that the turn may still have
         self._count = np.zeros(config.slots, np.int32)  # tokens of the turn so far
@@ -173,7 +202,7 @@ class Sampler:
     @property
     def free_slots(self) -> int:
         """Requests of new attempts that would be admitted at the next visit."""
-        return max(0, self._table.free - sum(job.own is None for job in self._waiting))
+        return self._table.room([job.own for job in self._waiting])
 
     @property
     def occupancy(self) -> float:
@@ -193,7 +222,7 @@ class Sampler:
         Raises:
           RuntimeError: If a turn is being sampled or waits to be: its tokens would come from two policies.
         """
-        in_flight = len(self._waiting) + len(self._running)
+        in_flight = len(self._waiting) + len(self._filling) + len(self._running)
         if in_flight:
             raise RuntimeError(f"{in_flight} requests are in flight: finish them before loading other parameters")
         self._params = decode.place_params(params, self._mesh, self._dtype)
@@ -235,7 +264,7 @@ class Sampler:
         return job.ticket
 
     def release(self, ticket: int) -> None:
-        """Gives up the slot that is held for an ended turn. It stays a source of prefixes until it is needed.
+        """Gives up what is held for an ended turn. It stays a source of prefixes until its row is needed.
 
         Raises:
           ValueError: If nothing is held for the ticket.
@@ -266,10 +295,12 @@ class Sampler:
             raise ValueError(f"top_p={top_p} must be more than 0 and at most 1")
         self._need_params()
         self._admit()
+        self._fill()
         if self._waiting and not self._running:
+            parked = f", and all {self.config.parking} parked rows taken" if self.config.parking else ""
             raise RuntimeError(
                 f"{len(self._waiting)} requests wait but all {self.config.slots} slots are held by attempts between "
-                "turns: submit those attempts' next turns or release their tickets"
+                f"turns{parked}: submit those attempts' next turns or release their tickets"
             )
         if not self._running:
             self._pending = np.zeros((0, 3, self.config.slots), np.int32)
@@ -309,7 +340,7 @@ class Sampler:
         self.load(params, version=0)
         order = {self.submit(request): i for i, request in enumerate(requests)}
         turns: list[Segment | None] = [None] * len(requests)
-        while self._waiting or self._running:
+        while self._waiting or self._filling or self._running:
             for completion in self.visit(temperature):
                 turns[order[completion.ticket]] = completion.segment
                 self.release(completion.ticket)
@@ -341,7 +372,10 @@ class Sampler:
         return ids
 
     def _admit(self) -> None:
-        """Gives slots to waiting requests, first come first served, and fills their rows wave by wave."""
+        """Gives slots to waiting requests, and plans how their rows are filled, wave by wave.
+
+        Attempts that go on come before new ones, else first come first served.
+        """
         if not self._waiting:
             return
         # By the identity of the segments, all of which the requests keep alive.
@@ -349,8 +383,8 @@ class Sampler:
         copies: dict[int, list[tuple[int, int, int, int]]] = {}
         trunks: dict[int, list[_Piece]] = {}
         rows: dict[int, list[_Piece]] = {}
-        waiting, begun = [], []
-        for job in self._waiting:
+        waiting = []
+        for job in sorted(self._waiting, key=lambda job: job.own is None):
             siblings = same[tuple(map(id, job.request.prefix))]
             placement = self._table.place(job.request, len(job.ids), job.own, siblings)
             if placement is None:
@@ -361,17 +395,32 @@ class Sampler:
                     copy = (lift.source.slot, lift.source.base, self.config.slots + lift.trunk, 0)
                     copies.setdefault(lift.source.wave, []).append(copy)
                 trunks.setdefault(lift.wave, []).append(_Piece(lift.trunk, 0, lift.reuse, job.ids[lift.reuse : -1]))
+            if (park := placement.park) is not None:
+                copies.setdefault(0, []).append((park.slot, park.base, park.row, 0))
+                self._held = {ticket: park.row if i == park.slot else i for ticket, i in self._held.items()}
             slot, source, base, reuse = placement.slot, placement.source, placement.base, placement.reuse
             if source is not None:
                 copies.setdefault(source.wave, []).append((source.slot, source.base, slot, base))
             rows.setdefault(placement.wave, []).append(_Piece(slot, base, reuse, job.ids[reuse:-1]))
-            begun.append((slot, self._begin(slot, job, base)))
+            self._filling[slot] = job, base
         self._table.settle()
         self._waiting = waiting
         for wave in sorted({*copies, *trunks, *rows}):
-            self._copy(copies.get(wave, []))
-            self._fill(trunks.get(wave, []), trunks=True)
-            self._fill(rows.get(wave, []), trunks=False)
+            if wave in copies:
+                self._tasks.append(_Task(0, functools.partial(self._copy, copies[wave]), []))
+            self._tasks.extend(self._prefills(trunks.get(wave, []), trunks=True))
+            self._tasks.extend(self._prefills(rows.get(wave, []), trunks=False))
+
+    def _fill(self) -> None:
+        """Does what was planned, as far as it fits into the visit, and sets the slots that are filled to decode."""
+        most = self.config.prefill_per_visit or math.inf
+        spent, begun = 0, []
+        # The first prefill is done whatever its size, and all until there is a slot that would be kept waiting.
+        while self._tasks and (not spent or not self._running or spent + self._tasks[0].tokens <= most):
+            task = self._tasks.popleft()
+            task.run()
+            spent += task.tokens
+            begun += [(slot, self._begin(slot, *self._filling.pop(slot))) for slot in task.slots]
         if begun:
             self._run_rewind(begun)
 
@@ -395,16 +444,15 @@ class Sampler:
 
     def _copy(self, forks: list[tuple[int, int, int, int]]) -> None:
         """Copies rows, all of them at once: one may be read here and overwritten here (see `decode.make_fork`)."""
-        if not forks:
-            return
         padded = np.full((min(size for size in self._fork_sizes if size >= len(forks)), 4), -1, np.int32)
         padded[: len(forks)] = forks
         self._state = self._fork(self._state, padded)
 
-    def _fill(self, rows: list[_Piece], trunks: bool) -> None:
-        """Prefills slots or trunks, in pieces of bucketed size, those of a row in order."""
+    def _prefills(self, rows: list[_Piece], trunks: bool) -> Iterator[_Task]:
+        """What prefills slots or trunks, in pieces of bucketed size, those of a row in order."""
         sizes = {piece.row: split_prefill(len(piece.ids), self._token_buckets) for piece in rows}
-        per_shard = self._trunks_per_shard if trunks else self._per_shard
+        if not trunks and (ready := [row for row, pieces in sizes.items() if not pieces]):
+            yield _Task(0, lambda: None, ready)
         buckets = self._trunk_buckets if trunks else self._row_buckets
         for number in range(max(map(len, sizes.values()), default=0)):
             groups: dict[int, list[_Piece]] = {}
@@ -413,8 +461,26 @@ class Sampler:
                     done, tokens = sum(sizes[row][:number]), sizes[row][number]
                     groups.setdefault(tokens, []).append(_Piece(row, base, first + done, ids[done : done + tokens]))
             for tokens, group in sorted(groups.items()):
-                most = np.bincount([piece.row // per_shard for piece in group]).max()
-                self._run_prefill(group, min(rows for rows in buckets if rows >= most), tokens, trunks)
+                for part, most in self._split(group, tokens, trunks):
+                    count = min(rows for rows in buckets if rows >= most)
+                    run = functools.partial(self._run_prefill, part, count, tokens, trunks)
+                    filled = [piece.row for piece in part if number + 1 == len(sizes[piece.row])]
+                    yield _Task(count * tokens, run, [] if trunks else filled)
+
+    def _split(self, group: list[_Piece], tokens: int, trunks: bool) -> Iterator[tuple[list[_Piece], int]]:
+        """Parts of a prefill that fit into a visit, if rows of `tokens` tokens do, and the most rows of a shard."""
+        per_shard = self._trunks_per_shard if trunks else self._per_shard
+        buckets = self._trunk_buckets if trunks else self._row_buckets
+        budget = self.config.prefill_per_visit or math.inf
+        most = max((rows for rows in buckets if rows * tokens <= budget), default=buckets[0])
+        parts: dict[int, list[_Piece]] = {}
+        used = [0] * self._shards
+        for piece in group:
+            shard = piece.row // per_shard
+            parts.setdefault(used[shard] // most, []).append(piece)
+            used[shard] += 1
+        for number, part in parts.items():
+            yield part, min(most, max(used) - number * most)
 
     def _run_prefill(self, group: list[_Piece], rows: int, tokens: int, trunks: bool) -> None:
         """One call on `rows` slots or trunks per shard of `tokens` tokens each."""

@@ -3,7 +3,8 @@
 A slot's row of the cache holds the keys and values of the first `cached` tokens of a chain of segments. Prefixes are
 found again by the identity of their segments, never by comparing tokens. A slot is free, busy (its request is waiting
 or being decoded) or held (its turn has ended and the attempt's tool is running); a free slot stays warm, as a source of
-prefixes, until it is the least recently used.
+prefixes, until it is the least recently used. Where a request finds no free slot, an attempt that is held makes room:
+it is parked, that is, copied to a row that is not decoded, and goes back to a slot with its next turn.
 """
 
 import dataclasses
@@ -73,11 +74,11 @@ class Trunk:
 
 @dataclasses.dataclass(eq=False)
 class Slot:
-    """One row of the cache, as the host sees it.
+    """One row of the cache, or a parked row, as the host sees it.
 
     Attributes:
-      index: The row.
-      trunk: Of its group; None where slots share nothing.
+      index: The row, numbered as in `model.cache.fork`.
+      trunk: Of its group; None where slots share nothing, and of a parked row.
       use: Whether it is taken.
       chain: Segments whose tokens the row and what it shares hold.
       cached: How many tokens of the chain are in the cache, from its start; at most all but the last.
@@ -127,6 +128,15 @@ class Lift:
 
 
 @dataclasses.dataclass(frozen=True)
+class Park:
+    """An attempt that makes room: the row of its slot, behind `base` tokens of the trunk, is copied to a parked row."""
+
+    slot: int
+    base: int
+    row: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Placement:
     """Where a request goes and what its row lacks.
 
@@ -139,6 +149,7 @@ class Placement:
       wave: When its row is prefilled. Within a wave all copies come first, then the trunks are prefilled, then the
         slots; wave w+1 copies what wave w prefills.
       lift: What has to become the trunk in its own wave, which is not after the placement's.
+      park: What has to be copied from the slot before, in wave 0.
     """
 
     slot: int
@@ -147,15 +158,17 @@ class Placement:
     base: int
     wave: int
     lift: Lift | None = None
+    park: Park | None = None
 
 
 class SlotTable:
     """All slots, and the parameters' version that their contents belong to."""
 
-    def __init__(self, slots: int, shards: int, group: int = 1):
+    def __init__(self, slots: int, shards: int, group: int = 1, parking: int = 0):
         """`slots` rows in `shards` contiguous parts of equal size; new requests are spread over the parts.
 
-        Every `group` consecutive slots share a trunk; `group` divides the size of a part, and 1 means none.
+        Every `group` consecutive slots share a trunk; `group` divides the size of a part, and 1 means none. `parking`
+        rows are there for attempts that make room.
         """
         self.slots = [Slot(i) for i in range(slots)]
         self.version: int | None = None
@@ -170,31 +183,38 @@ class SlotTable:
             self._trunks.append(trunk)
             for slot in trunk.slots:
                 slot.trunk = trunk
+        self.parked = [Slot(slots + len(self._trunks) + i) for i in range(parking)]
 
-    @property
-    def free(self) -> int:
-        return sum(slot.use is Use.FREE for slot in self.slots)
+    def room(self, waiting: Sequence[Slot | None]) -> int:
+        """How many requests of new attempts can be placed after those that wait, each with the row that it claimed."""
+        parked = sum(own is not None and self._is_parked(own) for own in waiting)
+        free = sum(slot.use is Use.FREE for slot in self.slots)
+        # A parked attempt that goes on leaves its row to the one that it takes a slot from.
+        free += min(sum(map(self._can_park, self.slots)), len(self._idle_parked()) + parked)
+        return max(0, free - parked - sum(own is None for own in waiting))
 
     def load(self, version: int) -> None:
         """Forgets every prefix. A held slot stays its attempt's, but only to be released."""
         self.version, self._load = version, self._load + 1
-        held = {slot.load for slot in self.slots if slot.use is Use.HELD}
+        rows = self.slots + self.parked
+        held = {slot.load for slot in rows if slot.use is Use.HELD}
         self._versions = {k: v for k, v in self._versions.items() if k in held} | {self._load: version}
         self._by_prompt.clear()
         for trunk in self._trunks:
             trunk.chain, trunk.cached, trunk.touched = (), 0, -1
-        for slot in self.slots:
+        for slot in rows:
             slot.touched = -1
             if slot.use is Use.FREE:
                 slot.forget()
 
     def claim(self, request: Request) -> Slot | None:
-        """Takes the held slot of the request's attempt, if there is one.
+        """Takes the held slot, or the parked row, of the request's attempt, if there is one.
 
         Raises:
           VersionError: If the attempt's earlier turns were sampled by other parameters.
         """
-        mine = [s for s in self.slots if s.use is Use.HELD and s.attempt == request.attempt and _common(s, request)]
+        rows = self.slots + self.parked
+        mine = [s for s in rows if s.use is Use.HELD and s.attempt == request.attempt and _common(s, request)]
         if not mine:
             return None
         slot = max(mine, key=lambda s: _common(s, request))
@@ -208,28 +228,29 @@ class SlotTable:
         Args:
           request: The request.
           length: Tokens of its prefix.
-          own: The slot it claimed.
+          own: The slot or the parked row that it claimed.
           siblings: Requests with this very prefix that are to be placed, itself included. Two or more are worth a
             trunk, if a group can be found that reads none.
 
         Returns:
-          None where it has to wait, because every slot is taken.
+          None where it has to wait, because every slot is taken and no attempt can make room.
         """
-        lift = None
-        if own is not None:
+        lift = park = None
+        back = own is not None and self._is_parked(own)
+        if own is not None and not back:
             target = own
         else:
-            target, known = self._least_recently_used(request, length)
+            target, known = self._find_room(request, length, back)
             if target is None:
                 return None
-            if siblings > 1 and known < length - 1 and (trunk := self._idle_trunk()) is not None:
+            if own is None and siblings > 1 and known < length - 1 and (trunk := self._idle_trunk()) is not None:
                 lift = self._lift(trunk, request, length)
-                target, _ = self._least_recently_used(request, length)
+                target, _ = self._find_room(request, length)
         source, best, reuse = self._longest_match(request, length, target)
         base = _matching(target.trunk, request, length)
-        # A new attempt reads a trunk that holds as much, even from the slot that has it all itself: every slot of a
-        # shard reads as many columns of its own as the longest one has.
-        if best is target and lift is None and not (own is None and base >= reuse):
+        # An attempt that comes to a slot reads a trunk that holds as much, even from the slot that has it all itself:
+        # every slot of a shard reads as many columns of its own as the longest one has.
+        if best is target and lift is None and (own is target or base < reuse):
             source, base = None, min(target.base, reuse)
         if base >= reuse:
             source, reuse = None, base
@@ -239,13 +260,18 @@ class SlotTable:
             target.trunk.touched = self._tick()
         if best is not None:
             best.touched = self._tick()
+        if back:  # what its row held is read before anything overwrites it
+            own.use = Use.FREE
+            self._forget(own)
+        if target.use is Use.HELD:
+            park = self._park(target)
         self._record(target, request.prefix, length - 1)
         target.use, target.attempt, target.wave, target.base = Use.BUSY, request.attempt, wave, base
-        return Placement(target.index, source, reuse, base, wave, lift)
+        return Placement(target.index, source, reuse, base, wave, lift, park)
 
     def settle(self) -> None:
         """Ends the planning of a visit: what was placed is filled once the visit's waves have run."""
-        for filled in (*self.slots, *self._trunks):
+        for filled in (*self.slots, *self._trunks, *self.parked):
             filled.wave = -1
 
     def hold(self, index: int, turn: Segment) -> None:
@@ -256,7 +282,7 @@ class SlotTable:
         slot.use, slot.touched = Use.HELD, self._tick()
 
     def release(self, index: int) -> None:
-        slot = self.slots[index]
+        slot = self._row(index)
         slot.use, slot.touched = Use.FREE, self._tick()
         if slot.load != self._load:
             slot.forget()
@@ -273,23 +299,57 @@ class SlotTable:
         slot.chain, slot.cached, slot.load, slot.touched = chain, cached, self._load, self._tick()
         self._by_prompt.setdefault(chain[0], []).append(slot)
 
+    def _forget(self, slot: Slot) -> None:
+        self._unfind(slot)
+        slot.forget()
+
     def _unfind(self, slot: Slot) -> None:
         if slot.chain and slot in (old := self._by_prompt.get(slot.chain[0], [])):
             old.remove(slot)
             if not old:
                 del self._by_prompt[slot.chain[0]]
 
-    def _least_recently_used(self, request: Request, length: int) -> tuple[Slot | None, int]:
-        """A free slot whose trunk has as much of the prefix as any, and how much that is."""
+    def _find_room(self, request: Request, length: int, back: bool = False) -> tuple[Slot | None, int]:
+        """A slot for the request whose trunk has as much of the prefix as any, and how much that is.
+
+        It is the least recently used free one, or else one whose attempt can be parked, that whose turn ended last:
+        where all tools have as long to answer it is away for longest. `back` says that the request leaves a parked row.
+        """
         known = {trunk.index: _matching(trunk, request, length) for trunk in self._trunks}
 
         def shared(slot):
             return known[slot.trunk.index] if slot.trunk else 0
 
-        free = (slot for slot in self.slots if slot.use is Use.FREE)
-        # Among slots never used, alternate between the shards, so that they prefill equally much.
-        best = min(free, key=lambda s: (-shared(s), s.touched, s.index % self._per_shard, s.index), default=None)
-        return best, 0 if best is None else shared(best)
+        free = [slot for slot in self.slots if slot.use is Use.FREE]
+        held = list(filter(self._can_park, self.slots)) if back or self._idle_parked() else []
+        if free:
+            # Among slots never used, alternate between the shards, so that they prefill equally much.
+            best = min(free, key=lambda s: (-shared(s), s.touched, s.index % self._per_shard, s.index))
+        elif held:
+            best = min(held, key=lambda s: (-shared(s), -s.touched))
+        else:
+            return None, 0
+        return best, shared(best)
+
+    def _is_parked(self, row: Slot) -> bool:
+        return row.index >= len(self.slots)
+
+    def _can_park(self, slot: Slot) -> bool:
+        """Whether its attempt waits, and will go on with the parameters that are loaded."""
+        return slot.use is Use.HELD and slot.load == self._load
+
+    def _idle_parked(self) -> list[Slot]:
+        return [row for row in self.parked if row.use is Use.FREE]
+
+    def _park(self, slot: Slot) -> Park:
+        """Moves the attempt of a held slot to the parked row that was left first."""
+        row = min(self._idle_parked(), key=lambda r: (r.touched, r.index))
+        self._record(row, slot.chain, slot.cached)
+        row.use, row.attempt, row.wave = Use.HELD, slot.attempt, 0
+        return Park(slot.index, slot.base, row.index)
+
+    def _row(self, index: int) -> Slot:
+        return self.slots[index] if index < len(self.slots) else self.parked[index - self.parked[0].index]
 
     def _idle_trunk(self) -> Trunk | None:
         """A trunk that nobody reads, in a group with as many free slots as any; the least recently used of these."""
@@ -311,8 +371,7 @@ class SlotTable:
         wave = 0 if source is None else source.wave
         for slot in trunk.slots:
             if slot.use is Use.FREE and slot.base:
-                self._unfind(slot)
-                slot.forget()
+                self._forget(slot)
         trunk.chain, trunk.cached, trunk.wave, trunk.touched = request.prefix, length - 1, wave, self._tick()
         return Lift(trunk.index, source, reuse, wave)
 
