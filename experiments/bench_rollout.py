@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from elpo_jax.model.config import ModelConfig, count_params
 from elpo_jax.model.transformer import init
 from elpo_jax.rollout import decode
 from elpo_jax.rollout.sampler import Request, Sampler, SamplerConfig
-from elpo_jax.train.mesh import MeshConfig, make_mesh
+from elpo_jax.train.mesh import MeshConfig, make_mesh, shardings
 from elpo_jax.trees.trajectory import Author, Segment
-from experiments.measure import Settings, Side, compare, line, rates
+from experiments.measure import Settings, Side, compare, line, mesh_name, rates, sampling_mesh
 from experiments.peers import qwen3_config
 
 CACHES = ("dynamic", "static")  # of transformers.generate
@@ -31,8 +32,8 @@ def bench_rollout(settings: Settings) -> Iterator[dict]:
     prompt, turn = (8, 8) if settings.quick else (32, 128)
     for name, config in settings.models("S", "M").items():
         for batch in (4,) if settings.quick else (16, 64):
-            case = f"{name}, {batch} x {turn} tokens after {prompt}"
-            engine = Side("sampler", functools.partial(_generate, *_engine(config, batch, prompt, turn, settings)))
+            case = f"{name}, {mesh_name(sampling_mesh(config))}, {batch} x {turn} tokens after {prompt}"
+            engine = Side("sampler", *_engine(config, batch, prompt, turn, settings))
             bare = Side("bare loop", _bare_loop(config, batch, prompt, turn, settings))
             yield compare(settings, "rollout", case, engine, bare)
             theirs = [
@@ -49,25 +50,40 @@ def bench_rollout(settings: Settings) -> Iterator[dict]:
         yield from _slot_use(name, config, settings)
 
 
-def _engine(config: ModelConfig, batch: int, prompt: int, turn: int, settings: Settings):
-    """A sampler with its parameters loaded, and one request for each of its slots."""
-    sampler = Sampler(config, SamplerConfig(slots=batch, parking=0, context=prompt + turn), (), settings.seed, _mesh())
-    params = decode.place_params(init(config, jax.random.key(settings.seed)), _mesh(), config.dtype)
+def _engine(
+    config: ModelConfig, batch: int, prompt: int, turn: int, settings: Settings
+) -> tuple[Callable[[], int], Callable[[], None]]:
+    """What samples a turn for each slot, and what loads the parameters before, as once per update."""
+    mesh = sampling_mesh(config)
+    sampler = Sampler(config, SamplerConfig(slots=batch, parking=0, context=prompt + turn), (), settings.seed, mesh)
+    params = _placed(config, mesh, settings)
     rng = np.random.default_rng(settings.seed)
     requests = [Request((_text(rng, prompt),), (0, 0, i, 1), turn) for i in range(batch)]
-    return sampler, params, requests
+
+    def work() -> int:
+        for request in requests:
+            sampler.submit(request)
+        tokens = done = 0
+        while done < batch:
+            for completion in sampler.visit(1.0):
+                sampler.release(completion.ticket)
+                tokens, done = tokens + len(completion.segment), done + 1
+        return tokens
+
+    return work, lambda: sampler.load(params, version=0)
 
 
-def _generate(sampler: Sampler, params, requests: list[Request]) -> int:
-    return sum(map(len, sampler.generate(params, requests, 1.0)))
+def _placed(config: ModelConfig, mesh: Mesh, settings: Settings):
+    params = init(config, jax.random.key(settings.seed))
+    return decode.place_params(jax.device_put(params, shardings(mesh, params)), mesh, config.dtype)
 
 
 def _bare_loop(config: ModelConfig, batch: int, prompt: int, turn: int, settings: Settings) -> Callable[[], int]:
     """One prefill of all prompts and one scan over all steps: no slots, no visits, no host between."""
-    mesh = _mesh()
-    params = decode.place_params(init(config, jax.random.key(settings.seed)), mesh, config.dtype)
-    shards = mesh.size
-    state = decode.make_state(config, mesh, batch, prompt + turn, group=1, block=128)
+    mesh = sampling_mesh(config)
+    params = _placed(config, mesh, settings)
+    shards = mesh.size // mesh.shape["tensor"]
+    state = decode.make_state(config, mesh, batch, prompt + turn, 1, 128)
     prefill, loop = decode.make_prefill(config, mesh), decode.make_decode(config, mesh, (), settings.seed, turn)
     ids = np.random.default_rng(settings.seed).integers(0, 512, (batch, prompt)).astype(np.int32)
     rows = np.tile(np.arange(batch // shards, dtype=np.int32), shards)
@@ -192,8 +208,9 @@ def bench_branch(settings: Settings) -> Iterator[dict]:
     for name, length, suffix in shapes:
         config = settings.models(name)[name]
         shapes = SamplerConfig(slots=branches, parking=0, context=length + suffix)
-        sampler = Sampler(config, shapes, (), settings.seed, _mesh())
-        params = init(config, jax.random.key(settings.seed))
+        mesh = sampling_mesh(config)
+        sampler = Sampler(config, shapes, (), settings.seed, mesh)
+        params = _placed(config, mesh, settings)
         prefix = _text(np.random.default_rng(settings.seed), length)
 
         def warm(sampler=sampler, params=params, prefix=prefix):
@@ -213,12 +230,12 @@ def bench_branch(settings: Settings) -> Iterator[dict]:
                     done += 1
             return branches * suffix
 
-        case = f"{name}, {branches} x {suffix} tokens after {length}"
+        case = f"{name}, {mesh_name(mesh)}, {branches} x {suffix} tokens after {length}"
         forked = Side("fork", functools.partial(branch, copy=False), warm)
         yield compare(
             settings, "branch", case, forked, Side("prefill each", functools.partial(branch, copy=True), warm)
         )
-        if (name, length) == ("S", 512) and (work := _transformers(config, 16, length, suffix, "dynamic", settings)):
+        if name == "S" and (work := _transformers(config, branches, length, suffix, "dynamic", settings)):
             yield compare(settings, "branch", case, forked, Side("transformers, prefill each", work))
 
 

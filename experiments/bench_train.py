@@ -27,7 +27,7 @@ from elpo_jax.train.state import init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory
 from elpo_jax.trees.tree import Leaf, RolloutTree
-from experiments.measure import TINY, M, S, Settings, Side, compare
+from experiments.measure import TINY, M, S, Settings, Side, compare, training_mesh
 from experiments.peers import qwen3_config
 
 SCALARS = {name: np.float32(x) for name, x in (elpo().scalars() | {"temperature": 1.0}).items()}
@@ -118,7 +118,7 @@ def flops(config: ModelConfig, batch: Batch) -> float:
 
 def _updates(config: ModelConfig, settings: Settings) -> tuple[Callable, Callable[[Batch], int]]:
     """(batch, amount) -> amount, after an update; and batch -> bytes that a micro-batch's gradient needs to work in."""
-    mesh, loss = make_mesh(MeshConfig()), make_loss(config)
+    mesh, loss = training_mesh(), make_loss(config)
     optimizer = make_optimizer(OptimizerConfig(), total_steps=1000)
     state = init_state(config, optimizer, jax.random.key(settings.seed), mesh)
     step = make_train_step(loss, optimizer, mesh)

@@ -10,8 +10,12 @@ import statistics
 import time
 from collections.abc import Callable
 
+import jax
+from jax.sharding import Mesh
+
 from elpo_jax.config import Config
 from elpo_jax.model.config import ModelConfig
+from elpo_jax.train.mesh import MeshConfig, make_mesh
 
 TINY = ModelConfig(vocab_size=512, d_model=32, layers=1, heads=2, kv_heads=1, head_dim=16, d_ff=64)
 S = ModelConfig(vocab_size=512, d_model=256, layers=4, heads=8, kv_heads=4, head_dim=32, d_ff=768, qk_norm=True)
@@ -31,6 +35,21 @@ class Settings:
     def models(self, *names: str) -> dict[str, ModelConfig]:
         """The named models, or the two smaller ones; with --quick a tiny one alone."""
         return {"tiny": TINY} if self.quick else {name: MODELS[name] for name in names or ("0.4M", "S")}
+
+
+def sampling_mesh(config: ModelConfig) -> Mesh:
+    """How the devices sample fastest: with all weights each, or with their part of those that no cache holds."""
+    return make_mesh(MeshConfig(data=1, tensor=jax.device_count()) if config is M else MeshConfig())
+
+
+def training_mesh() -> Mesh:
+    """How the devices train fastest: with their part of the parameters and moments, and of the rows."""
+    return make_mesh(MeshConfig(data=1, fsdp=jax.device_count()))
+
+
+def mesh_name(mesh: Mesh) -> str:
+    """Its axes of more than one device, for example "data=2"."""
+    return ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "1 device"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -514,7 +514,7 @@ def test_rows_that_are_being_filled_are_read_by_those_that_come_after_them():
     requests += [Request((start, held.segment, text(2, 9)), (0, 0, 8, 2), 9), Request((prompt,), (0, 0, 3, 1), 9)]
     live, done, most = {}, {}, 0
     for i in range(40):
-        for request in requests[:1] if i == 0 else requests[1:2] if i == 1 else requests[2:4] if i == 2 else ():
+        for request in requests[:1] if i == 0 else requests[1:4] if i == 1 else ():
             live[sampler.submit(request)] = request
         if i in (3, 6):
             live[sampler.submit(requests[4 + i // 6])] = requests[4 + i // 6]

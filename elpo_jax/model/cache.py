@@ -252,7 +252,7 @@ def fork(
     target_base: jax.Array,
     shard: jax.Array | int = 0,
     shards: int = 1,
-    exchange: Callable[[jax.Array], jax.Array] = lambda rows: rows,
+    exchange: Callable[[list[jax.Array]], list[jax.Array]] = lambda rows: rows,
 ) -> tuple[Cache, Parked | None]:
     """Copies sequences between rows, trunks and parked rows: a branch starts without a prefill, an attempt makes room.
 
@@ -275,42 +275,73 @@ def fork(
     """
     parked = parked or (_NONE,) * len(cache)
     kinds = [(layer.own, layer.trunk or _NONE, held) for layer, held in zip(cache, parked, strict=True)]
-    rows, groups, spares = counts = [len(kind.k[0]) if kind.k else 0 for kind in kinds[0]]
+    counts = [len(kind.k[0]) if kind.k else 0 for kind in kinds[0]]
+    rows, groups, spares = counts
 
-    def local(number: jax.Array) -> list[jax.Array]:
-        """The number as an index among the shard's rows, trunks and parked rows; past the last where it is none."""
+    def local(number: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        """Whether it is one of the shard's rows, trunks or parked rows, and which one it is."""
         inside = [number - shards * sum(counts[:i]) - shard * count for i, count in enumerate(counts)]
-        return [jnp.where((x >= 0) & (x < count), x, count) for x, count in zip(inside, counts, strict=True)]
+        return [((x >= 0) & (x < n), jnp.clip(x, 0, max(n - 1, 0))) for x, n in zip(inside, counts, strict=True)]
 
-    places = local(target)
-    row, _, aside = local(source)
-    waits, mine = (x[:, None, None, None] for x in (aside < spares, (row < rows) | (aside < spares)))
-    row, aside = jnp.minimum(row, rows - 1), jnp.minimum(aside, spares - 1)
+    def read(i: jax.Array) -> list[jax.Array]:
+        """The sequence that the i-th copy takes, whole: keys [K, N, C] and values [K, C, N] of every layer."""
+        (in_row, row), _, (waits, aside) = local(source[i])
 
-    def copy(axis: int, own: Blocks, trunk: Blocks, held: Blocks) -> list[Blocks]:
-        """All keys, or all values, of a layer's rows, trunks and parked rows."""
-        whole = jnp.concatenate([x[row] for x in own], axis)
-        if trunk:
-            before = jnp.concatenate([x[row // (rows // groups)] for x in trunk], axis)
-            place = jnp.expand_dims(jnp.arange(whole.shape[axis]), tuple(range(1, 4 - axis)))
-            whole = jnp.where(place < source_base[:, None, None, None], before, _shift(whole, source_base, axis))
-        if held:
-            whole = jnp.where(waits, jnp.concatenate([x[aside] for x in held], axis), whole)
-        whole = exchange(jnp.where(mine, whole, 0))
-        ends = [sum(x.shape[axis] for x in own[: i + 1]) for i in range(len(own) - 1)]
-        behind = _shift(whole, -target_base, axis) if trunk else whole
-        whole, behind = (jnp.split(x, ends, axis) for x in (whole, behind))
-        return [
-            tuple(x.at[place].set(y, mode="drop") for x, y in zip(blocks, new, strict=False))
-            for blocks, place, new in zip((own, trunk, held), places, (behind, whole, whole), strict=True)
-        ]
+        def of_row():
+            def whole(axis, own, trunk):
+                behind = _whole(own, row, axis)
 
-    kinds = [map(Rows, copy(3, *(x.k for x in kind)), copy(2, *(x.v for x in kind))) for kind in kinds]
-    own, trunks, parked = zip(*kinds, strict=True)
+                def after_trunk():
+                    before = _whole(trunk, row // (rows // groups), axis)
+                    place = jnp.expand_dims(jnp.arange(behind.shape[axis]), tuple(range(1, 3 - axis)))
+                    return jnp.where(place < source_base[i], before, jnp.roll(behind, source_base[i], axis))
+
+                return jax.lax.cond(source_base[i] > 0, after_trunk, lambda: behind) if trunk else behind
+
+            return [x for own, trunk, _ in kinds for x in (whole(2, own.k, trunk.k), whole(1, own.v, trunk.v))]
+
+        def of_parked():
+            return [x for _, _, held in kinds for x in (_whole(held.k, aside, 2), _whole(held.v, aside, 1))]
+
+        found = jax.lax.cond(waits, of_parked, of_row) if spares else of_row()
+        return exchange([jnp.where(in_row | waits, x, 0) for x in found])
+
+    def write(i: jax.Array, kinds: list[tuple[Rows, ...]]) -> list[tuple[Rows, ...]]:
+        places = local(target[i])
+
+        def behind(x: jax.Array, axis: int) -> jax.Array:
+            """Without what the target's trunk holds."""
+            if not groups:
+                return x
+            return jax.lax.cond(target_base[i] > 0, lambda: jnp.roll(x, -target_base[i], axis), lambda: x)
+
+        def put(blocks: Blocks, new: jax.Array, axis: int, hit: jax.Array, index: jax.Array) -> Blocks:
+            ends = [sum(x.shape[axis + 1] for x in blocks[: n + 1]) for n in range(len(blocks) - 1)]
+            # What is not the target's is written as it was: a branch around it would copy the cache.
+            return tuple(
+                x.at[index].set(jnp.where(hit, part, x[index]))
+                for x, part in zip(blocks, jnp.split(new, ends, axis) if blocks else (), strict=True)
+            )
+
+        out = []
+        for layer, kind in enumerate(kinds):
+            k, v = (x[i] for x in staged[2 * layer : 2 * layer + 2])
+            new = (behind(k, 2), behind(v, 1)), (k, v), (k, v)
+            moves = zip(kind, places, new, strict=True)
+            out.append(tuple(Rows(put(held.k, k, 2, *at), put(held.v, v, 1, *at)) for held, at, (k, v) in moves))
+        return out
+
+    # One sequence after the other, in place: the cost is that of the copies there are, not of those there may be.
+    count = jnp.max(jnp.where(target >= 0, jnp.arange(len(target)) + 1, 0))
+    staged = [jnp.zeros((len(target), *x.shape), x.dtype) for x in jax.eval_shape(read, count)]
+    staged = jax.lax.fori_loop(
+        0, count, lambda i, staged: [x.at[i].set(y) for x, y in zip(staged, read(i), strict=True)], staged
+    )
+    own, trunks, parked = zip(*jax.lax.fori_loop(0, count, write, kinds), strict=True)
     cache = tuple(LayerCache(x, y if groups else None) for x, y in zip(own, trunks, strict=True))
     return cache, parked if spares else None
 
 
-def _shift(x: jax.Array, by: jax.Array, axis: int) -> jax.Array:
-    """Moves the columns of each row, [n, ...], to the right by int32 [n]; what comes in is of no meaning."""
-    return jax.vmap(lambda row, n: jnp.roll(row, n, axis - 1))(x, by)
+def _whole(blocks: Blocks, row: jax.Array, axis: int) -> jax.Array:
+    """All columns of a row, [K, N, C] or [K, C, N]."""
+    return jnp.concatenate([x[row] for x in blocks], axis)
