@@ -201,7 +201,8 @@ class RolloutConfig:
       temperature: Divides the logits in the sampler and in the trainer.
       max_turn_tokens: Longest turn; a longer one is cut and the attempt fails.
       tool_visits: Bursts of decoding (`sampler.steps_per_visit` tokens each) that every tool has before its answer is
-        waited for: with more of them slow tools hold nobody up, and attempts with quick ones idle for longer.
+        waited for: with more of them slow tools hold nobody up, and attempts with quick ones wait for longer, during
+        which others use their slots (`sampler.parking`).
       sandbox: What isolates model-written programs: "auto" for the strongest that works here, or "namespaces",
         "landlock", "remote" or, at your own risk, "unsafe" (docs/sandbox.md).
       interpreter_workers: Processes that run model-written programs.

@@ -19,13 +19,12 @@ from elpo_jax.policy.loss import make_loss
 from elpo_jax.policy.recipes import grpo
 from elpo_jax.rollout.sampler import Request, Sampler, SamplerConfig
 from elpo_jax.tasks.base import Task
-from elpo_jax.train.mesh import MeshConfig, make_mesh
 from elpo_jax.train.rl import Learner, update
 from elpo_jax.train.state import init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory
 from elpo_jax.trees.tree import Leaf, RolloutTree
-from experiments.measure import Settings, Side, compare
+from experiments.measure import Settings, Side, compare, sampling_mesh
 from experiments.peers import Work, qwen3_config, trl_stepper, tunix_stepper
 
 PEERS = {"trl": ("TRL GRPOTrainer", trl_stepper), "tunix": ("google-tunix GRPOLearner", tunix_stepper)}
@@ -77,7 +76,7 @@ def missing(package: str) -> bool:
 
 def our_step(config: ModelConfig, work: Work, dtype: str, seed: int) -> Callable[[], int]:
     """A step of this project: sample every attempt in float32, assign credit, pack the trees, update once."""
-    mesh = make_mesh(MeshConfig())
+    mesh = sampling_mesh(config)
     attempts = work.prompts * work.group
     shape = SamplerConfig(slots=attempts, parking=0, context=work.prompt + work.new, steps_per_visit=32)
     sampler = Sampler(config, shape, (), seed, mesh)

@@ -502,27 +502,27 @@ def test_slots_decode_in_every_visit_while_a_long_prompt_is_prefilled(sampler, p
         agrees(request.prefix, turn)
 
 
-def test_rows_that_are_being_filled_are_read_by_those_that_come_after_them():
+def test_rows_that_are_being_filled_are_read_by_those_that_come_after_them(parks):
     """Also a trunk, and rows that take the place of a parked attempt; each visit does one call, beside a long turn."""
-    shapes = dataclasses.replace(SHAPES, prefill_per_visit=1, group=2, parking=2)
-    sampler = Sampler(MODEL, shapes, (), SEED)
+    sampler = Sampler(MODEL, dataclasses.replace(PARKING, slots=6, group=3, parking=8, prefill_per_visit=1), (), SEED)
     sampler.load(PARAMS, version=0)
-    (held,) = finish(sampler, Request((start := text(8, 4),), (0, 0, 8, 1), 3))
-    prompt, more = text(0, 30), text(1, 5)
-    requests = [Request((text(9, 4),), (0, 0, 9, 1), 50), Request((prompt,), (0, 0, 0, 1), 9)]
-    requests += [Request((prompt, more), (0, 0, i, 1), 9) for i in (1, 2)]
-    requests += [Request((start, held.segment, text(2, 9)), (0, 0, 8, 2), 9), Request((prompt,), (0, 0, 3, 1), 9)]
+    start, prompt, more = text(8, 4), text(0, 30), text(1, 5)
+    (held,) = finish(sampler, Request((start,), (0, 0, 8, 1), 3))
+    schedule = {
+        0: [Request((text(9, 4),), (0, 0, 9, 1), 50)],
+        1: [Request((prompt,), (0, 0, 0, 1), 9)],
+        2: [Request((prompt, more), (0, 0, i, 1), 9) for i in (1, 2)],
+        3: [Request((prompt, text(i, 5)), (0, 0, i, 1), 9) for i in (3, 4)],
+        4: [Request((start, held.segment, text(2, 9)), (0, 0, 8, 2), 9), Request((prompt, more), (0, 0, 5, 1), 9)],
+    }
     live, done, most = {}, {}, 0
     for i in range(40):
-        for request in requests[:1] if i == 0 else requests[1:4] if i == 1 else ():
-            live[sampler.submit(request)] = request
-        if i in (3, 6):
-            live[sampler.submit(requests[4 + i // 6])] = requests[4 + i // 6]
+        live |= {sampler.submit(request): request for request in schedule.get(i, ())}
         for completion in sampler.visit(1.0):
             done[completion.ticket] = completion
             sampler.release(completion.ticket)
         most = max(most, len(sampler._filling))
-    assert most > 2 and len(done) == len(requests)
+    assert most > 3 and len(parks) == 1 and len(done) == len(live) == 8
     for ticket, request in live.items():
         agrees(request.prefix, done[ticket].segment)
 

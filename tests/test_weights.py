@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from elpo_jax.model import weights
-from elpo_jax.model.attention import rotary_angles, rotary_frequencies
 from elpo_jax.model.config import ModelConfig, RopeScaling, count_params
 from elpo_jax.model.hf_config import from_hf, read_eos_ids, read_hf_config, to_hf
+from elpo_jax.model.rotary import rotary_angles, rotary_frequencies
 from elpo_jax.model.tensorfile import read_header, write_file
 from elpo_jax.model.transformer import apply, init, unembed
 from elpo_jax.rollout.sampler import Request, Sampler, SamplerConfig

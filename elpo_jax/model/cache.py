@@ -17,8 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from elpo_jax.model.attention import MASKED
 from elpo_jax.model.config import ModelConfig
+from elpo_jax.model.tree_attention import MASKED
 
 _FLOOR = -1e29  # above MASKED: a query that sees nothing of a part gives every column there the weight exp(-9e29) = 0
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from elpo_jax.model import attention, tree_attention
 from elpo_jax.model import cache as kv
+from elpo_jax.model import rotary, tree_attention
 from elpo_jax.model.cache import Cache, LayerCache
 from elpo_jax.model.config import ModelConfig
 
@@ -233,7 +233,7 @@ class Attention(nn.Module):
         q, k, v = project("q", config.heads), project("k", config.kv_heads), project("v", config.kv_heads)
         if config.qk_norm:
             q, k = _norm(self, config, "q_norm", q), _norm(self, config, "k_norm", k)
-        q, k = attention.rotate(q, angles), attention.rotate(k, angles)
+        q, k = rotary.rotate(q, angles), rotary.rotate(k, angles)
         if layer is None:
             out = tree_attention.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), sees, config.attention)
         else:
@@ -285,7 +285,7 @@ class Transformer(nn.Module):
         )
         if not config.tied:
             _matrix(self, config, "head", (config.d_model, config.vocab_size))
-        angles = attention.rotary_angles(config, positions)
+        angles = rotary.rotary_angles(config, positions)
         if ends is None:
             ends = jnp.where(positions >= 0, positions.shape[1], 0)
         sees = ends if cache is None else where

@@ -16,8 +16,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from elpo_jax.model.attention import MASKED
-
+# Not -inf: a query that may attend to nothing (padding) then gets a uniform average, which is finite, and so is its
+# gradient.
+MASKED = -1e30
 BLOCK = 128  # queries, and keys, of a block at most
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from elpo_jax.model.attention import MASKED
+from elpo_jax.model.tree_attention import MASKED
 
 BLOCK = 256
 

@@ -1,4 +1,4 @@
-"""Rotary positions, and what the two attention products have in common (`tree_attention.py`, `cache.py`).
+"""Rotary positions.
 
 Letters: B rows, T tokens, N head width.
 """
@@ -10,10 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from elpo_jax.model.config import ModelConfig
-
-# Not -inf: a query that may attend to nothing (padding) then gets a uniform average, which is finite, and so is its
-# gradient.
-MASKED = -1e30
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
