@@ -25,6 +25,7 @@ from experiments.measure import Settings, Side, compare, line, mesh_name, rates,
 from experiments.peers import qwen3_config
 
 CACHES = ("dynamic", "static")  # of transformers.generate
+STEPS = 32  # per visit, where all turns have the same length
 
 
 def bench_rollout(settings: Settings) -> Iterator[dict]:
@@ -55,7 +56,8 @@ def _engine(
 ) -> tuple[Callable[[], int], Callable[[], None]]:
     """What samples a turn for each slot, and what loads the parameters before, as once per update."""
     mesh = sampling_mesh(config)
-    sampler = Sampler(config, SamplerConfig(slots=batch, parking=0, context=prompt + turn), (), settings.seed, mesh)
+    shapes = SamplerConfig(slots=batch, parking=0, context=prompt + turn, steps_per_visit=min(turn, STEPS))
+    sampler = Sampler(config, shapes, (), settings.seed, mesh)
     params = _placed(config, mesh, settings)
     rng = np.random.default_rng(settings.seed)
     requests = [Request((_text(rng, prompt),), (0, 0, i, 1), turn) for i in range(batch)]
