@@ -85,9 +85,9 @@ def line(settings: Settings, bench: str, case: str, value: float, against: float
     return {
         "bench": bench,
         "case": case,
-        "value": round(value, 1),
+        "value": float(f"{value:.5g}"),
         "unit": unit,
-        "against": round(against, 1),
+        "against": float(f"{against:.5g}"),
         "ratio": round(value / against, 3),
         "runs": settings.runs,
         "sides": sides,

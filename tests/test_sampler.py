@@ -210,7 +210,7 @@ def run_process(*arguments):
 
 @pytest.mark.slow
 def test_fresh_processes_repeat_every_bit_and_meshes_agree(stopping):
-    meshes = {"two": (2, 1, 1, "decode"), "again": (2, 1, 1), "sharded": (1, 2, 2)}
+    meshes = {"two": (2, 1, 1, "decode"), "again": (2, 1, 1), "sharded": (1, 2, 2), "split": (1, 1, 2)}
     processes = {name: run_process(*mesh) for name, mesh in meshes.items()}
     here = scenario(stopping)
     parked = [turn.ids.tolist() for _, turn in sorted(waiting_scenario(ready(stopping), visits=1).items())]
