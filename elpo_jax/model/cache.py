@@ -252,7 +252,7 @@ def fork(
     target_base: jax.Array,
     shard: jax.Array | int = 0,
     shards: int = 1,
-    exchange: Callable[[list[jax.Array]], list[jax.Array]] = lambda rows: rows,
+    exchange: Callable[[jax.Array], jax.Array] = lambda row: row,
 ) -> tuple[Cache, Parked | None]:
     """Copies sequences between rows, trunks and parked rows: a branch starts without a prefill, an attempt makes room.
 
@@ -268,7 +268,7 @@ def fork(
       target_base: int32 [n], tokens of the sequence that a target row need not hold, since its trunk does.
       shard: Number of this shard.
       shards: Number of all.
-      exchange: Adds up over the shards what each has read, which is 0 where the source is another's.
+      exchange: Adds up over the shards what each has read of a sequence that goes from one to another, 0 but for one.
 
     Returns:
       The cache and the parked rows, in which each target holds what its source and the trunk before it held.
@@ -277,14 +277,21 @@ def fork(
     kinds = [(layer.own, layer.trunk or _NONE, held) for layer, held in zip(cache, parked, strict=True)]
     counts = [len(kind.k[0]) if kind.k else 0 for kind in kinds[0]]
     rows, groups, spares = counts
+    _, kv_heads, width, _ = kinds[0][0].k[0].shape
 
     def local(number: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         """Whether it is one of the shard's rows, trunks or parked rows, and which one it is."""
         inside = [number - shards * sum(counts[:i]) - shard * count for i, count in enumerate(counts)]
         return [((x >= 0) & (x < n), jnp.clip(x, 0, max(n - 1, 0))) for x, n in zip(inside, counts, strict=True)]
 
-    def read(i: jax.Array) -> list[jax.Array]:
-        """The sequence that the i-th copy takes, whole: keys [K, N, C] and values [K, C, N] of every layer."""
+    def home(number: jax.Array) -> jax.Array:
+        """The shard that has it."""
+        starts = [shards * sum(counts[: i + 1]) for i in range(len(counts))]
+        found = [(number - start) // max(count, 1) + shards for start, count in zip(starts, counts, strict=True)]
+        return jnp.select([number < start for start in starts], found, -1)
+
+    def read(i: jax.Array) -> jax.Array:
+        """The sequence that the i-th copy takes, whole: [2 L, K, N * C], the keys and the values of every layer."""
         (in_row, row), _, (waits, aside) = local(source[i])
 
         def of_row():
@@ -304,7 +311,11 @@ def fork(
             return [x for _, _, held in kinds for x in (_whole(held.k, aside, 2), _whole(held.v, aside, 1))]
 
         found = jax.lax.cond(waits, of_parked, of_row) if spares else of_row()
-        return exchange([jnp.where(in_row | waits, x, 0) for x in found])
+        found = jnp.stack([x.reshape(kv_heads, -1) for x in found])
+        if shards == 1:
+            return found
+        crosses = home(source[i]) != home(target[i])
+        return jax.lax.cond(crosses, lambda: exchange(jnp.where(in_row | waits, found, 0)), lambda: found)
 
     def write(i: jax.Array, kinds: list[tuple[Rows, ...]]) -> list[tuple[Rows, ...]]:
         places = local(target[i])
@@ -325,7 +336,8 @@ def fork(
 
         out = []
         for layer, kind in enumerate(kinds):
-            k, v = (x[i] for x in staged[2 * layer : 2 * layer + 2])
+            k = staged[i, 2 * layer].reshape(kv_heads, width, -1)
+            v = staged[i, 2 * layer + 1].reshape(kv_heads, -1, width)
             new = (behind(k, 2), behind(v, 1)), (k, v), (k, v)
             moves = zip(kind, places, new, strict=True)
             out.append(tuple(Rows(put(held.k, k, 2, *at), put(held.v, v, 1, *at)) for held, at, (k, v) in moves))
@@ -333,10 +345,8 @@ def fork(
 
     # One sequence after the other, in place: the cost is that of the copies there are, not of those there may be.
     count = jnp.max(jnp.where(target >= 0, jnp.arange(len(target)) + 1, 0))
-    staged = [jnp.zeros((len(target), *x.shape), x.dtype) for x in jax.eval_shape(read, count)]
-    staged = jax.lax.fori_loop(
-        0, count, lambda i, staged: [x.at[i].set(y) for x, y in zip(staged, read(i), strict=True)], staged
-    )
+    staged = jnp.zeros((len(target), *jax.eval_shape(read, count).shape), kinds[0][0].k[0].dtype)
+    staged = jax.lax.fori_loop(0, count, lambda i, staged: staged.at[i].set(read(i)), staged)
     own, trunks, parked = zip(*jax.lax.fori_loop(0, count, write, kinds), strict=True)
     cache = tuple(LayerCache(x, y if groups else None) for x, y in zip(own, trunks, strict=True))
     return cache, parked if spares else None

@@ -123,7 +123,7 @@ def make_fork(config: ModelConfig, mesh: Mesh) -> Callable:
     shards = math.prod(mesh.shape[axis] for axis in axes)
 
     def fork(cache, parked, forks):
-        if shards == 1:  # XLA refuses an exchange among one, where a further axis splits the heads
+        if shards == 1:  # XLA refuses to number one shard where a further axis splits the heads
             return kv.fork(cache, parked, *forks.T)
         exchange = functools.partial(jax.lax.psum, axis_name=axes)
         return kv.fork(cache, parked, *forks.T, jax.lax.axis_index(axes), shards, exchange)
