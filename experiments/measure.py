@@ -85,9 +85,9 @@ def line(settings: Settings, bench: str, case: str, value: float, against: float
     return {
         "bench": bench,
         "case": case,
-        "value": float(f"{value:.5g}"),
+        "value": round(value, 1 if value >= 10 else 4),
         "unit": unit,
-        "against": float(f"{against:.5g}"),
+        "against": round(against, 1 if against >= 10 else 4),
         "ratio": round(value / against, 3),
         "runs": settings.runs,
         "sides": sides,
