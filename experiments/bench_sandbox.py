@@ -73,7 +73,7 @@ def _rates(quick: bool, runs: int) -> Iterator[dict]:
             yield line | {
                 "value": round(rates["sandbox"], 1),
                 "unit": "calls/s",
-                "against": round(rates[other], 2),
+                "against": round(rates[other], 4),
                 "ratio": round(rates["sandbox"] / rates[other], 2),
                 "sides": ["sandbox", other],
                 "targets": targets,

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def run(*arguments):
     command = [sys.executable, "-m", "experiments.bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
@@ -65,8 +65,7 @@ def test_the_bench_of_the_sandbox_says_what_was_compared_under_which_limits():
     for line in rates:
         assert set(line["p50_ms"]) == set(line["p99_ms"]) == {"sandbox", *others}
         assert all(0 < line["p50_ms"][side] <= line["p99_ms"][side] for side in line["p50_ms"])
-        # Rates are rounded to a tenth, and a busy machine starts only one or two processes in a second.
-        assert line["ratio"] == pytest.approx(line["value"] / line["against"], rel=max(2e-2, 0.06 / line["against"]))
+        assert line["ratio"] == pytest.approx(line["value"] / line["against"], rel=2e-2)
         assert line["runs"] == 3 and line["calls"]["sandbox"] == 40 and line["program"] == "print(1 + 1)"
     start, memory, growth = (line for line in lines if line not in rates)
     assert (start["unit"], memory["unit"], growth["unit"]) == ("ms", "MB", "MB")

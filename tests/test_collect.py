@@ -191,14 +191,13 @@ def test_the_ratio_at_the_first_update_is_one(world, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_in_bfloat16_sampler_and_trainer_differ_by_less_than_its_rounding(world, temperature):
-    """Mean difference of the log-probabilities below 0.0015 nats per token, when both compute in bfloat16.
+    """Mean difference of the log-probabilities below 0.0005 nats per token, when both compute in bfloat16.
 
-    The largest of thousands is within what one rounding of a logit between 8 and 16 makes. Rounding itself costs more
-    than twice what they differ by, as a trainer in float32 shows.
+    Rounding itself costs more than twice what they differ by, as a trainer in float32 shows.
     """
     trees = grow(world, world.sampler(16, "bfloat16"), temperature)
     metrics = first_update(world, trees, temperature, "bfloat16")
-    assert metrics["mismatch_mean"] < 1.5e-3 and metrics["mismatch_max"] < 2**-4 / temperature
+    assert metrics["mismatch_mean"] < 5e-4 and metrics["mismatch_max"] < 0.05
     assert first_update(world, trees, temperature, "float32")["mismatch_mean"] > 2 * metrics["mismatch_mean"]
 
 

@@ -216,7 +216,7 @@ def test_fresh_processes_repeat_every_bit_and_meshes_agree(stopping):
     parked = [turn.ids.tolist() for _, turn in sorted(waiting_scenario(ready(stopping), visits=1).items())]
     results = {}
     for name, process in processes.items():
-        out, err = process.communicate(timeout=900)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         results[name] = json.loads(out)
     for key in ("ids", "logprobs", "entropies", "parked"):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from elpo_jax.model.config import ModelConfig
-from elpo_jax.model.tree_attention import MASKED
+from elpo_jax.model.tree_attention import MASKED, softmax_reference
 
 _FLOOR = -1e29  # above MASKED: a query that sees nothing of a part gives every column there the weight exp(-9e29) = 0
 
@@ -210,7 +210,7 @@ def _look(q: jax.Array, held: Rows, rows: jax.Array | None, last: jax.Array) -> 
             scores = jnp.einsum("RKMN,RKNC->RKMC", q, k_block).astype(jnp.float32)
             seen = start + jnp.arange(size) <= last[:, None, :, None]
             scores = jnp.where(seen, scores, MASKED)
-            largest = jnp.maximum(scores.max(axis=-1, keepdims=True), _FLOOR)
+            largest = jnp.maximum(softmax_reference(scores), _FLOOR)
             weights = jnp.exp(scores - largest)
             out = jnp.einsum("RKMC,RKCN->RKMN", weights.astype(v_block.dtype), v_block)
             found = _Part(out.astype(jnp.float32), largest, weights.sum(axis=-1, keepdims=True))

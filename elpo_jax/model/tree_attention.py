@@ -12,6 +12,7 @@ Letters: B rows, T tokens, H query heads, K key/value heads, G = H/K, N head wid
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,22 @@ def _by_library(q, k, v, ends, implementation):
     return jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None], implementation=implementation)
 
 
+def softmax_reference(scores: jax.Array) -> jax.Array:
+    """What a softmax over the last axis subtracts from its scores: the least multiple of log 2 that is not below any.
+
+    References of other blocks differ from it by multiples of log 2, so weights differ by powers of two, which rounding
+    to bfloat16 does not see: an output hardly depends on where its keys were cut into blocks, and the sampler, whose
+    blocks are others than the trainer's, agrees with it.
+
+    Args:
+      scores: float32 [..., S].
+
+    Returns:
+      float32 [..., 1].
+    """
+    return jnp.ceil(scores.max(axis=-1, keepdims=True) / math.log(2)) * math.log(2)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array, block: int) -> jax.Array:
     """softmax(q k) v, [B, K, M, N], of q [B, K, M, N], k [B, K, N, T] and v [B, K, T, N]; the block divides T."""
@@ -107,7 +124,7 @@ def _forward(q, k, v, ends, block):
         at, key = pairs[n] * jnp.array([size, block])
         scores = _scores(q, k, ends, *pairs[n], block)
         out, highest, total = (_cut(x, at, size, 2) for x in state)
-        new = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
+        new = jnp.maximum(highest, softmax_reference(scores))
         weights, shrink = jnp.exp(scores - new), jnp.exp(highest - new)
         total = total * shrink + weights.sum(axis=-1, keepdims=True)
         out = out * shrink + _dot("BKMS,BKSN->BKMN", weights.astype(v.dtype), _cut(v, key, block, 2))

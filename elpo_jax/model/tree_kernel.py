@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from elpo_jax.model.tree_attention import MASKED
+from elpo_jax.model.tree_attention import MASKED, softmax_reference
 
 BLOCK = 256
 
@@ -78,7 +78,7 @@ def _forward_kernel(seen, counts, q, k, v, ends, out, normaliser, sums, highest,
     @pl.when(n < counts[row, i])
     def _():
         scores = _scores(q[...], k[...], ends[...], i, seen[row, i, n])
-        new = jnp.maximum(highest[...], scores.max(axis=-1, keepdims=True))
+        new = jnp.maximum(highest[...], softmax_reference(scores))
         weights, shrink = jnp.exp(scores - new), jnp.exp(highest[...] - new)
         highest[...] = new
         total[...] = total[...] * shrink + weights.sum(axis=-1, keepdims=True)
