@@ -85,7 +85,7 @@ def _bare_loop(config: ModelConfig, batch: int, prompt: int, turn: int, settings
     mesh = sampling_mesh(config)
     params = _placed(config, mesh, settings)
     shards = mesh.size // mesh.shape["tensor"]
-    state = decode.make_state(config, mesh, batch, prompt + turn, 1, 128)
+    state = decode.make_state(config, mesh, slots=batch, length=prompt + turn, group=1, block=128)
     prefill, loop = decode.make_prefill(config, mesh), decode.make_decode(config, mesh, (), settings.seed, turn)
     ids = np.random.default_rng(settings.seed).integers(0, 512, (batch, prompt)).astype(np.int32)
     rows = np.tile(np.arange(batch // shards, dtype=np.int32), shards)

@@ -1,4 +1,4 @@
-"""One tiny run, made once as a user would make it, that several tests look at; and what pytest itself is told.
+"""One tiny run, made once as a user would make it, that several tests look at; and the order of the files.
 
 With pytest-xdist (`-n`) the tests of a file share a process, and all processes share the tiny run.
 """
@@ -10,16 +10,11 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "tests/tiny.py"
 # Files that take longest begin first where processes share the work; a long one at the end would keep the others idle.
 LONG = ("run", "sampler", "bench", "collect", "plan", "fuzz_tools", "loss", "tree_attention")
-
-# How fast an example is generated and answered says nothing on a machine that does other things too.
-settings.register_profile("elpo_jax", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("elpo_jax")
 
 
 def pytest_collection_modifyitems(items):

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from elpo_jax.tasks import exact, verify
@@ -360,6 +360,8 @@ LATEX = st.sampled_from(
 
 
 @given(st.lists(LATEX | st.characters(), max_size=30).map("".join), st.lists(LATEX, max_size=30).map("".join))
+@example("\\", "")  # a space of LaTeX, but for what follows
+@example("5\\", "5")
 def test_any_text_equals_itself_and_raises_nothing(one, other):
     assert compare(one, one) == "equal"
     assert compare(one, other) in ("equal", "different", "undecided")

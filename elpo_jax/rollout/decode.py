@@ -79,9 +79,11 @@ def cache_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(row_axes(mesh), heads))
 
 
-def make_state(config: ModelConfig, mesh: Mesh, *sizes: int) -> State:
-    """An empty state, split by slot; `sizes` are those of `empty_state`."""
-    return _state_maker(config, mesh, *sizes)()
+def make_state(
+    config: ModelConfig, mesh: Mesh, slots: int, length: int, group: int, block: int, parking: int = 0
+) -> State:
+    """An empty state, split by slot (see `empty_state`)."""
+    return _state_maker(config, mesh, slots, length, group, block, parking)()
 
 
 @functools.cache
@@ -123,8 +125,6 @@ def make_fork(config: ModelConfig, mesh: Mesh) -> Callable:
     shards = math.prod(mesh.shape[axis] for axis in axes)
 
     def fork(cache, parked, forks):
-        if shards == 1:  # XLA refuses to number one shard where a further axis splits the heads
-            return kv.fork(cache, parked, *forks.T)
         exchange = functools.partial(jax.lax.psum, axis_name=axes)
         return kv.fork(cache, parked, *forks.T, jax.lax.axis_index(axes), shards, exchange)
 

@@ -59,7 +59,7 @@ _SPELLINGS = (
     (re.compile(r"(?<=[0-9])(?<!\b0)(?:\{,\}(?: ?\\!)?|, ?\\!|\\,) ?(?=[0-9]{3}(?![0-9]))"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"(?<!\\)\\! ?"), ""),
-    (re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])"), " "),
+    (re.compile(r"(?<!\\)\\(?:[,;: ]|\Z)|~|\\q?quad(?![a-zA-Z])"), " "),
     (re.compile(r"\\frac ?([0-9a-zA-Z]|\\pi)"), r"\\frac{\1}"),
     (re.compile(r"\\sqrt ?([0-9a-zA-Z])"), r"\\sqrt{\1}"),
     (re.compile(r"(\\frac ?\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9a-zA-Z]|\\pi)"), r"\1{\2}"),
