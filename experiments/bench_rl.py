@@ -48,7 +48,7 @@ def bench_rl(settings: Settings) -> Iterator[dict]:
             other = stepper(config, work, settings.seed)
             theirs = Side(title, lambda other=other: other.step() or 1)
             for dtype in ("float32", "bfloat16"):
-                ours = Side(f"elpo_jax, {dtype} update", our_step(config, work, dtype, settings.seed))
+                ours = Side(f"elpo_jax, {dtype} update", our_step(config, work, dtype, settings.seed, together=2))
                 yield compare(settings, "rl", f"{case}, {dtype}", ours, theirs, unit="steps/s")
             other.close()
 
@@ -63,7 +63,7 @@ def bench_elpo(settings: Settings) -> Iterator[dict]:
             continue
         theirs = Side("transformers generate + torch update", torch_step(config, work, settings.seed))
         for dtype in ("float32", "bfloat16"):
-            ours = Side(f"elpo_jax, {dtype} update", our_step(config, work, dtype, settings.seed))
+            ours = Side(f"elpo_jax, {dtype} update", our_step(config, work, dtype, settings.seed, together=8))
             yield compare(settings, "elpo", f"{case}, {dtype}", ours, theirs, unit="steps/s")
 
 
@@ -74,8 +74,11 @@ def missing(package: str) -> bool:
     return importlib.util.find_spec(package) is None
 
 
-def our_step(config: ModelConfig, work: Work, dtype: str, seed: int) -> Callable[[], int]:
-    """A step of this project: sample every attempt in float32, assign credit, pack the trees, update once."""
+def our_step(config: ModelConfig, work: Work, dtype: str, seed: int, together: int) -> Callable[[], int]:
+    """A step of this project: sample every attempt in float32, assign credit, pack the trees, update once.
+
+    `together` attempts share a row, and in it their prompt.
+    """
     mesh = sampling_mesh(config)
     attempts = work.prompts * work.group
     shape = SamplerConfig(slots=attempts, parking=0, context=work.prompt + work.new, steps_per_visit=32)
@@ -83,7 +86,9 @@ def our_step(config: ModelConfig, work: Work, dtype: str, seed: int) -> Callable
     trained = dataclasses.replace(config, dtype=dtype)
     optimizer = make_optimizer(OptimizerConfig(lr=1e-6, warmup_steps=0), total_steps=10_000)
     state = init_state(trained, optimizer, jax.random.key(seed), mesh)
-    loop = RlConfig(prompts=work.prompts, updates=1, micro_rows=16)
+    loop = RlConfig(
+        prompts=work.prompts, updates=1, row_tokens=work.prompt + together * work.new, micro_rows=16 // together
+    )
     learner = Learner(
         environment=None,
         sampler=sampler,

@@ -85,7 +85,7 @@ def _bare_loop(config: ModelConfig, batch: int, prompt: int, turn: int, settings
     mesh = sampling_mesh(config)
     params = _placed(config, mesh, settings)
     shards = mesh.size // mesh.shape["tensor"]
-    state = decode.make_state(config, mesh, slots=batch, length=prompt + turn, group=1, block=128)
+    state = decode.make_state(config, mesh, slots=batch, length=prompt + turn, group=1, block=SamplerConfig.block)
     prefill, loop = decode.make_prefill(config, mesh), decode.make_decode(config, mesh, (), settings.seed, turn)
     ids = np.random.default_rng(settings.seed).integers(0, 512, (batch, prompt)).astype(np.int32)
     rows = np.tile(np.arange(batch // shards, dtype=np.int32), shards)
@@ -209,7 +209,8 @@ def bench_branch(settings: Settings) -> Iterator[dict]:
     shapes = (("tiny", 64, 16),) if settings.quick else (("S", 512, 128), ("S", 2048, 128), ("M", 512, 128))
     for name, length, suffix in shapes:
         config = settings.models(name)[name]
-        shapes = SamplerConfig(slots=branches, parking=0, context=length + suffix)
+        steps = min(suffix, STEPS)
+        shapes = SamplerConfig(slots=branches, parking=0, context=length + suffix, steps_per_visit=steps)
         mesh = sampling_mesh(config)
         sampler = Sampler(config, shapes, (), settings.seed, mesh)
         params = _placed(config, mesh, settings)

@@ -274,82 +274,112 @@ def fork(
       The cache and the parked rows, in which each target holds what its source and the trunk before it held.
     """
     parked = parked or (_NONE,) * len(cache)
-    kinds = [(layer.own, layer.trunk or _NONE, held) for layer, held in zip(cache, parked, strict=True)]
-    counts = [len(kind.k[0]) if kind.k else 0 for kind in kinds[0]]
-    rows, groups, spares = counts
-    _, kv_heads, width, _ = kinds[0][0].k[0].shape
-
-    def local(number: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-        """Whether it is one of the shard's rows, trunks or parked rows, and which one it is."""
-        inside = [number - shards * sum(counts[:i]) - shard * count for i, count in enumerate(counts)]
-        return [((x >= 0) & (x < n), jnp.clip(x, 0, max(n - 1, 0))) for x, n in zip(inside, counts, strict=True)]
-
-    def home(number: jax.Array) -> jax.Array:
-        """The shard that has it."""
-        starts = [shards * sum(counts[: i + 1]) for i in range(len(counts))]
-        found = [(number - start) // max(count, 1) + shards for start, count in zip(starts, counts, strict=True)]
-        return jnp.select([number < start for start in starts], found, -1)
+    layers = [_Layer(layer.own, layer.trunk or _NONE, held) for layer, held in zip(cache, parked, strict=True)]
+    numbers = _Numbers(tuple(len(rows.k[0]) if rows.k else 0 for rows in layers[0]), shard, shards)
 
     def read(i: jax.Array) -> jax.Array:
-        """The sequence that the i-th copy takes, whole: [2 L, K, N * C], the keys and the values of every layer."""
-        (in_row, row), _, (waits, aside) = local(source[i])
-
-        def of_row():
-            def whole(axis, own, trunk):
-                behind = _whole(own, row, axis)
-
-                def after_trunk():
-                    before = _whole(trunk, row // (rows // groups), axis)
-                    place = jnp.expand_dims(jnp.arange(behind.shape[axis]), tuple(range(1, 3 - axis)))
-                    return jnp.where(place < source_base[i], before, jnp.roll(behind, source_base[i], axis))
-
-                return jax.lax.cond(source_base[i] > 0, after_trunk, lambda: behind) if trunk else behind
-
-            return [x for own, trunk, _ in kinds for x in (whole(2, own.k, trunk.k), whole(1, own.v, trunk.v))]
-
-        def of_parked():
-            return [x for _, _, held in kinds for x in (_whole(held.k, aside, 2), _whole(held.v, aside, 1))]
-
-        found = jax.lax.cond(waits, of_parked, of_row) if spares else of_row()
-        found = jnp.stack([x.reshape(kv_heads, -1) for x in found])
+        found, mine = _read(layers, numbers, source[i], source_base[i])
         if shards == 1:
             return found
-        crosses = home(source[i]) != home(target[i])
-        return jax.lax.cond(crosses, lambda: exchange(jnp.where(in_row | waits, found, 0)), lambda: found)
-
-    def write(i: jax.Array, kinds: list[tuple[Rows, ...]]) -> list[tuple[Rows, ...]]:
-        places = local(target[i])
-
-        def behind(x: jax.Array, axis: int) -> jax.Array:
-            """Without what the target's trunk holds."""
-            if not groups:
-                return x
-            return jax.lax.cond(target_base[i] > 0, lambda: jnp.roll(x, -target_base[i], axis), lambda: x)
-
-        def put(blocks: Blocks, new: jax.Array, axis: int, hit: jax.Array, index: jax.Array) -> Blocks:
-            ends = [sum(x.shape[axis + 1] for x in blocks[: n + 1]) for n in range(len(blocks) - 1)]
-            # What is not the target's is written as it was: a branch around it would copy the cache.
-            return tuple(
-                x.at[index].set(jnp.where(hit, part, x[index]))
-                for x, part in zip(blocks, jnp.split(new, ends, axis) if blocks else (), strict=True)
-            )
-
-        out = []
-        for layer, kind in enumerate(kinds):
-            k = staged[i, 2 * layer].reshape(kv_heads, width, -1)
-            v = staged[i, 2 * layer + 1].reshape(kv_heads, -1, width)
-            new = (behind(k, 2), behind(v, 1)), (k, v), (k, v)
-            moves = zip(kind, places, new, strict=True)
-            out.append(tuple(Rows(put(held.k, k, 2, *at), put(held.v, v, 1, *at)) for held, at, (k, v) in moves))
-        return out
+        crosses = numbers.home(source[i]) != numbers.home(target[i])
+        return jax.lax.cond(crosses, lambda: exchange(jnp.where(mine, found, 0)), lambda: found)
 
     # One sequence after the other, in place: the cost is that of the copies there are, not of those there may be.
     count = jnp.max(jnp.where(target >= 0, jnp.arange(len(target)) + 1, 0))
-    staged = jnp.zeros((len(target), *jax.eval_shape(read, count).shape), kinds[0][0].k[0].dtype)
+    staged = jnp.zeros((len(target), *jax.eval_shape(read, count).shape), cache[0].own.k[0].dtype)
     staged = jax.lax.fori_loop(0, count, lambda i, staged: staged.at[i].set(read(i)), staged)
-    own, trunks, parked = zip(*jax.lax.fori_loop(0, count, write, kinds), strict=True)
+
+    def write(i: jax.Array, layers: list[_Layer]) -> list[_Layer]:
+        return _write(layers, numbers, target[i], target_base[i], staged[i])
+
+    own, trunks, parked = zip(*jax.lax.fori_loop(0, count, write, layers), strict=True)
+    _, groups, spares = numbers.counts
     cache = tuple(LayerCache(x, y if groups else None) for x, y in zip(own, trunks, strict=True))
     return cache, parked if spares else None
+
+
+class _Layer(NamedTuple):
+    """All that a shard holds of one layer, in the order in which it is numbered; `_NONE` for what there is not."""
+
+    own: Rows
+    trunk: Rows
+    parked: Rows
+
+
+class _Numbers(NamedTuple):
+    """The numbers of rows, trunks and parked rows over all shards: of one kind after the other, shard after shard."""
+
+    counts: tuple[int, ...]  # rows, trunks and parked rows of a shard
+    shard: jax.Array | int
+    shards: int
+
+    def local(self, number: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        """Whether it is one of the shard's rows, trunks or parked rows, and which one it is."""
+        starts = [self.shards * sum(self.counts[:i]) + self.shard * n for i, n in enumerate(self.counts)]
+        inside = [number - start for start in starts]
+        return [((x >= 0) & (x < n), jnp.clip(x, 0, max(n - 1, 0))) for x, n in zip(inside, self.counts, strict=True)]
+
+    def home(self, number: jax.Array) -> jax.Array:
+        """The shard that has it."""
+        ends = [self.shards * sum(self.counts[: i + 1]) for i in range(len(self.counts))]
+        found = [(number - end) // max(n, 1) + self.shards for end, n in zip(ends, self.counts, strict=True)]
+        return jnp.select([number < end for end in ends], found, -1)
+
+
+def _read(layers: list[_Layer], numbers: _Numbers, source: jax.Array, base: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A sequence as a row, behind `base` tokens of its trunk, or a parked row holds it, and whether the shard has it.
+
+    It is whole, [2 L, K, N * C], the keys and the values of every layer; anything where the shard does not have it.
+    """
+    (in_row, row), _, (waits, aside) = numbers.local(source)
+    rows, groups, spares = numbers.counts
+
+    def of_row():
+        def whole(axis, own, trunk):
+            behind = _whole(own, row, axis)
+
+            def after_trunk():
+                before = _whole(trunk, row // (rows // groups), axis)
+                place = jnp.expand_dims(jnp.arange(behind.shape[axis]), tuple(range(1, 3 - axis)))
+                return jnp.where(place < base, before, jnp.roll(behind, base, axis))
+
+            return jax.lax.cond(base > 0, after_trunk, lambda: behind) if trunk else behind
+
+        return [x for own, trunk, _ in layers for x in (whole(2, own.k, trunk.k), whole(1, own.v, trunk.v))]
+
+    def of_parked():
+        return [x for _, _, held in layers for x in (_whole(held.k, aside, 2), _whole(held.v, aside, 1))]
+
+    found = jax.lax.cond(waits, of_parked, of_row) if spares else of_row()
+    return jnp.stack([x.reshape(x.shape[0], -1) for x in found]), in_row | waits
+
+
+def _write(
+    layers: list[_Layer], numbers: _Numbers, target: jax.Array, base: jax.Array, sequence: jax.Array
+) -> list[_Layer]:
+    """Puts a sequence, as `_read` gives it, where it belongs: whole, or in a row without its first `base` tokens."""
+    places = numbers.local(target)
+
+    def behind(x: jax.Array, axis: int) -> jax.Array:
+        """Without what the target's trunk holds."""
+        return jax.lax.cond(base > 0, lambda: jnp.roll(x, -base, axis), lambda: x) if layers[0].trunk.k else x
+
+    def put(blocks: Blocks, new: jax.Array, axis: int, hit: jax.Array, index: jax.Array) -> Blocks:
+        ends = [sum(x.shape[axis + 1] for x in blocks[: n + 1]) for n in range(len(blocks) - 1)]
+        # What is not the target's is written as it was: a branch around it would copy the cache.
+        return tuple(
+            x.at[index].set(jnp.where(hit, part, x[index]))
+            for x, part in zip(blocks, jnp.split(new, ends, axis) if blocks else (), strict=True)
+        )
+
+    _, kv_heads, width, _ = layers[0].own.k[0].shape
+    out = []
+    for layer, (k, v) in zip(layers, sequence.reshape(len(layers), 2, kv_heads, -1), strict=True):
+        k, v = k.reshape(kv_heads, width, -1), v.reshape(kv_heads, -1, width)
+        new = (behind(k, 2), behind(v, 1)), (k, v), (k, v)
+        moves = zip(layer, places, new, strict=True)
+        out.append(_Layer(*(Rows(put(held.k, k, 2, *at), put(held.v, v, 1, *at)) for held, at, (k, v) in moves)))
+    return out
 
 
 def _whole(blocks: Blocks, row: jax.Array, axis: int) -> jax.Array:

@@ -52,7 +52,7 @@ class SamplerConfig:
     context: int = 256
     group: int = 8
     parking: int = 64
-    block: int = 128
+    block: int = 64
     steps_per_visit: int = 8
     prefill_per_visit: int = 0
     prefill_buckets: tuple[int, ...] = (16, 64, 256)

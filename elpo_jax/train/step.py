@@ -125,35 +125,7 @@ def make_train_step(loss_fn: LossFn, optimizer: Optimizer, mesh: Mesh) -> Callab
       the loss, and loss, grad_norm (before clipping), lr (of this step) and skipped (so far). It raises ValueError
       where B cannot be split over the mesh's rows, or a parameter is not float32.
     """
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def accumulate(params, batch, scalars):
-        def micro(total, rows):
-            (loss, metrics), grads = gradient(params, rows, scalars)
-            return jax.tree.map(jnp.add, total, grads), {**metrics, "loss": loss}
-
-        grads, rows = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, params), batch)
-        return grads, {name: x.max(axis=0) if _largest(name) else x.sum(axis=0) for name, x in rows.items()}
-
-    # Each copy of the parameters adds up its own rows, and the copies meet once, at the end of all micro-batches: left
-    # to itself XLA would have them meet for every matrix of every micro-batch, and for every chunk of the head.
-    def together(params, batch, scalars):
-        grads, metrics = accumulate(params, batch, scalars)
-        metrics = {name: (jax.lax.pmax if _largest(name) else jax.lax.psum)(x, "data") for name, x in metrics.items()}
-        return jax.lax.psum(grads, "data"), metrics
-
-    if mesh.shape["data"] > 1:
-        whole, rows = PartitionSpec(), PartitionSpec(None, "data")
-        accumulated = jax.shard_map(
-            together,
-            mesh=mesh,
-            in_specs=(whole, rows, whole),
-            out_specs=(whole, whole),
-            axis_names=frozenset({"data"}),
-            check_vma=False,
-        )
-    else:
-        accumulated = accumulate
+    accumulated = _accumulated(loss_fn, mesh)
 
     def step(state, batch, scalars):
         grads, metrics = accumulated(state.params, batch, scalars)
@@ -191,6 +163,39 @@ def make_train_step(loss_fn: LossFn, optimizer: Optimizer, mesh: Mesh) -> Callab
         return compiled(state, batch, scalars)
 
     return run
+
+
+def _accumulated(loss_fn: LossFn, mesh: Mesh) -> Callable:
+    """(params, batch [n_micro, B, ...], scalars) -> (gradients, metrics with the loss), combined over all rows."""
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def accumulate(params, batch, scalars):
+        def micro(total, rows):
+            (loss, metrics), grads = gradient(params, rows, scalars)
+            return jax.tree.map(jnp.add, total, grads), {**metrics, "loss": loss}
+
+        grads, rows = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, params), batch)
+        return grads, {name: x.max(axis=0) if _largest(name) else x.sum(axis=0) for name, x in rows.items()}
+
+    if mesh.shape["data"] == 1:
+        return accumulate
+
+    # Each copy of the parameters adds up its own rows, and the copies meet once, at the end of all micro-batches: left
+    # to itself XLA would have them meet for every matrix of every micro-batch, and for every chunk of the head.
+    def together(params, batch, scalars):
+        grads, metrics = accumulate(params, batch, scalars)
+        metrics = {name: (jax.lax.pmax if _largest(name) else jax.lax.psum)(x, "data") for name, x in metrics.items()}
+        return jax.lax.psum(grads, "data"), metrics
+
+    whole, rows = PartitionSpec(), PartitionSpec(None, "data")
+    return jax.shard_map(
+        together,
+        mesh=mesh,
+        in_specs=(whole, rows, whole),
+        out_specs=(whole, whole),
+        axis_names=frozenset({"data"}),
+        check_vma=False,
+    )
 
 
 def _largest(metric: str) -> bool:

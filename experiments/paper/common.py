@@ -71,6 +71,7 @@ def paper_config(name: str, model: ModelConfig, weights: str, recipe: Recipe) ->
             context=CONTEXT,  # paper: at most 20K tokens
             slots=64,  # our choice, by memory
             parking=0,  # our choice: a parked row takes as much memory as a slot
+            block=128,  # our choice: what an accelerator reads at once
             steps_per_visit=16,  # our choice: long turns seldom end within 16 tokens
             prefill_buckets=(64, 256, 1024),  # our choice: tool answers are short, prompts longer
             prefill_rows=(8, 16),  # our choice
