@@ -1,4 +1,7 @@
-"""How a bench measures: the sides of a comparison take turns (A, B, A, B, ...), and figures are medians.
+"""How a bench measures: the sides of a comparison take turns (A, A, B, B, A, A, ...), and figures are medians.
+
+A turn is two runs, of which the second is timed: the first finds the memory that it had in its last turn in use by the
+other side, and writes into fresh pages, which no loop that runs alone does.
 
 The first round compiles and starts everything and is not timed. Rates of a shared machine move by tens of percent, so
 read the ratios.
@@ -64,13 +67,14 @@ class Side:
 def rates(settings: Settings, *sides: Side) -> list[float]:
     """The median rate of each side, in units per second; they take turns."""
     found: list[list[float]] = [[] for _ in sides]
-    for run in range(-1, settings.runs):  # the first compiles
+    for _ in range(settings.runs):
         for side, mine in zip(sides, found, strict=True):
-            side.prepare()
-            began = time.perf_counter()
-            amount = side.work()
-            if run >= 0:
-                mine.append(amount / (time.perf_counter() - began))
+            for _ in range(2):
+                side.prepare()
+                began = time.perf_counter()
+                amount = side.work()
+                seconds = time.perf_counter() - began
+            mine.append(amount / seconds)
     return [statistics.median(mine) for mine in found]
 
 

@@ -13,9 +13,11 @@ Letters: B rows, T tokens, H query heads, K key/value heads, G = H/K, N head wid
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 # Not -inf: a query that may attend to nothing (padding) then gets a uniform average, which is finite, and so is its
 # gradient.
@@ -33,7 +35,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array, implementa
     - "blocks", the default: plain XLA, for every backend and mesh; a block is skipped where no row of the batch needs
       it. Run and measured on CPUs.
     - "pallas": the kernels of `tree_kernel`, for a TPU; each row skips for itself. On other backends the interpreter
-      runs them. Not on meshes of several devices: XLA cannot split a kernel. No TPU has run them yet.
+      runs them. Each device of the mesh in use (`jax.set_mesh`, or a `shard_map` around the call) runs them on its own
+      rows and heads. No TPU has run them yet.
     - "cudnn": `jax.nn.dot_product_attention`, for GPUs, with the mask written out: B * T * T elements, and no block is
       skipped but those above the diagonal, so for short rows. It takes bfloat16 only. No GPU has run it here yet.
 
@@ -83,8 +86,23 @@ def _by_kernel(q, k, v, ends):
     v = jnp.pad(v, ((0, 0), (0, 0), padding, (0, 0)))
     q = q.reshape(rows, kv_heads, heads // kv_heads, -1, width)
     interpret = jax.default_backend() != "tpu"
-    out = tree_kernel.attend_blocks(q, k, v, jnp.pad(ends, ((0, 0), padding)), tree_kernel.BLOCK, interpret)
+    kernel = functools.partial(tree_kernel.attend_blocks, block=tree_kernel.BLOCK, interpret=interpret)
+    out = _on_each_device(kernel, kv_heads)(q, k, v, jnp.pad(ends, ((0, 0), padding)))
     return out.reshape(rows, heads, -1, width)[:, :, :tokens].swapaxes(1, 2)
+
+
+def _on_each_device(kernel: Callable, kv_heads: int) -> Callable:
+    """Splits the rows and the key/value heads over what no `shard_map` has split yet; XLA cannot split a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    if not axes:
+        return kernel
+    rows = tuple(axis for axis in ROW_AXES if axis in axes)
+    heads = "tensor" if "tensor" in axes and kv_heads % mesh.shape["tensor"] == 0 else None
+    split = PartitionSpec(rows, heads)
+    return jax.shard_map(
+        kernel, in_specs=(split, split, split, PartitionSpec(rows)), out_specs=split, axis_names=axes, check_vma=False
+    )
 
 
 def _by_library(q, k, v, ends, implementation):
