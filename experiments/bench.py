@@ -58,7 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
     jax.config.update("jax_num_cpu_devices", options.devices)
     settings = Settings(options.quick, options.seed, options.runs, options.out)
     params = {"params": {name: count_params(config) for name, config in settings.models(*MODELS).items()}}
-    where = provenance() | {"seed": options.seed, "malloc_keeps_pages": os.environ.get("MALLOC_MMAP_MAX_") == "0"}
+    memory = {
+        "malloc_keeps_pages": os.environ.get("MALLOC_MMAP_MAX_") == "0",
+        "huge_pages": "malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""),
+    }
+    where = provenance() | {"seed": options.seed} | memory
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     for name in BENCHES if "all" in options.names else dict.fromkeys(options.names):

@@ -19,6 +19,7 @@ from elpo_jax.policy.loss import make_loss
 from elpo_jax.policy.recipes import grpo
 from elpo_jax.rollout.sampler import Request, Sampler, SamplerConfig
 from elpo_jax.tasks.base import Task
+from elpo_jax.train.mesh import row_parts
 from elpo_jax.train.rl import Learner, update
 from elpo_jax.train.state import init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
@@ -86,9 +87,9 @@ def our_step(config: ModelConfig, work: Work, dtype: str, seed: int, together: i
     trained = dataclasses.replace(config, dtype=dtype)
     optimizer = make_optimizer(OptimizerConfig(lr=1e-6, warmup_steps=0), total_steps=10_000)
     state = init_state(trained, optimizer, jax.random.key(seed), mesh)
-    loop = RlConfig(
-        prompts=work.prompts, updates=1, row_tokens=work.prompt + together * work.new, micro_rows=16 // together
-    )
+    rows = max(16 // together, row_parts(mesh))
+    length = work.prompt + together * work.new
+    loop = RlConfig(prompts=work.prompts, updates=1, row_tokens=length, micro_rows=rows)
     learner = Learner(
         environment=None,
         sampler=sampler,

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from elpo_jax.model.config import ModelConfig, count_params
+from elpo_jax.model.config import ROWS, ModelConfig, count_params
 from elpo_jax.policy.batch import Batch, Example, normalise, pack, policy_examples, stack
 from elpo_jax.policy.credit import assign
 from elpo_jax.policy.loss import make_loss
 from elpo_jax.policy.recipes import elpo
 from elpo_jax.tasks.base import Task
 from elpo_jax.tools.base import Status, ToolCall, ToolResult
-from elpo_jax.train.mesh import ROWS, MeshConfig, make_mesh
+from elpo_jax.train.mesh import MeshConfig, make_mesh
 from elpo_jax.train.state import init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 from elpo_jax.trees.trajectory import Author, Finish, Segment, Step, Trajectory

@@ -19,7 +19,7 @@ for list in requirements.txt ${EXTRA:-}; do
 done
 # shellcheck disable=SC1091
 . "$VENV/bin/activate"
-# XLA on the CPU asks the system for fresh pages at every call unless malloc keeps them, and huge ones: half of the
-# training speed.
+# XLA on the CPU asks the system for fresh pages at every call unless malloc keeps them, and huge ones: a quarter of the
+# time of an update.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1

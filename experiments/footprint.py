@@ -167,13 +167,8 @@ def row_tokens(config: Config) -> int:
 
 def attention_steps(tokens: int) -> int:
     """Pairs of blocks that attention in training meets at most: those on and below the diagonal."""
-    count = -(-tokens // tree_attention.BLOCK)
+    count = -(-tokens // tree_attention.block_length(tokens))
     return count * (count + 1) // 2
-
-
-def attention_block(tokens: int) -> int:
-    """Queries, and keys, of a block of attention in training."""
-    return -(-tokens // -(-tokens // tree_attention.BLOCK))
 
 
 def update(config: Config, mesh: Mesh | AbstractMesh, micro: int) -> Phase:
@@ -181,7 +176,7 @@ def update(config: Config, mesh: Mesh | AbstractMesh, micro: int) -> Phase:
     model, tokens = config.model, row_tokens(config)
     split = _split(model, mesh)
     rows = -(-config.rl.micro_rows // row_parts(mesh))
-    weights, element, block = layer_weights(model), jnp.dtype(model.dtype).itemsize, attention_block(tokens)
+    weights, element, block = layer_weights(model), jnp.dtype(model.dtype).itemsize, tree_attention.block_length(tokens)
     area = attention_steps(tokens) * block**2  # pairs of query and key
     again, all_again = model.remat != "none", model.remat == "full"
     passes = 3 + all_again

@@ -3,8 +3,7 @@
 A turn is two runs, of which the second is timed: the first finds the memory that it had in its last turn in use by the
 other side, and writes into fresh pages, which no loop that runs alone does.
 
-The first round compiles and starts everything and is not timed. Rates of a shared machine move by tens of percent, so
-read the ratios.
+The first of all compiles. Rates of a shared machine move by tens of percent, so read the ratios.
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ With pytest-xdist (`-n`) the tests of a file share a process, and all processes 
 import fcntl
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -64,6 +65,7 @@ def tiny_run(shared_folder, start):
     with open(shared_folder / "tiny.made", "a") as made:
         fcntl.flock(made, fcntl.LOCK_EX)
         if os.fstat(made.fileno()).st_size == 0:
+            shutil.rmtree(workdir, ignore_errors=True)  # of one that failed
             process = start(workdir)
             output, errors = process.communicate(timeout=900)
             assert process.returncode == 0, output + errors

@@ -24,6 +24,7 @@ from elpo_jax.policy.recipes import elpo
 from elpo_jax.rollout.agent import Environment
 from elpo_jax.rollout.collect import collect, sample
 from elpo_jax.rollout.sampler import Completion, Sampler
+from elpo_jax.rollout.slots import SlotTable
 from elpo_jax.tasks.rewards import Reward
 from elpo_jax.text.chat import Message
 from elpo_jax.text.parser import call_text
@@ -211,13 +212,17 @@ def test_neither_slots_nor_neighbours_change_an_attempt(world, trees):
             assert x.trajectory.success == y.trajectory.success
 
 
-def test_neither_the_visits_of_a_tool_nor_its_slowness_change_an_attempt(world, trees):
+def test_neither_the_visits_of_a_tool_nor_its_slowness_change_an_attempt(world, trees, monkeypatch):
     """Answers come later, so other turns share a batch; which visit takes an answer is fixed, however fast the tool.
 
     Nor does it matter whether attempts that wait keep their slots or are parked, and how much a visit prefills.
     """
+    parked, original = [], SlotTable._park
+    monkeypatch.setattr(SlotTable, "_park", lambda self, slot: parked.append(slot.index) or original(self, slot))
     slow = dataclasses.replace(world, environment=dataclasses.replace(world.environment, tool_visits=3))
-    for a, b in zip(trees, grow(slow, world.sampler(10, parking=5, prefill_per_visit=64)), strict=True):
+    grown = grow(slow, world.sampler(10, parking=5, prefill_per_visit=64))
+    assert parked
+    for a, b in zip(trees, grown, strict=True):
         assert [(x.parent, x.anchor) for x in a.leaves] == [(x.parent, x.anchor) for x in b.leaves]
         for x, y in zip(a.leaves, b.leaves, strict=True):
             np.testing.assert_array_equal(x.trajectory.ids(), y.trajectory.ids())

@@ -20,11 +20,11 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from elpo_jax.model.cache import new_cache
-from elpo_jax.model.config import ModelConfig
+from elpo_jax.model.config import ROWS, ModelConfig
 from elpo_jax.model.logprob import token_logprobs
 from elpo_jax.model.transformer import apply
 from elpo_jax.train.checkpoint import Checkpoints
-from elpo_jax.train.mesh import AXES, ROWS, MeshConfig, make_mesh, replicated, shardings
+from elpo_jax.train.mesh import AXES, MeshConfig, make_mesh, replicated, shardings
 from elpo_jax.train.state import init_state
 from elpo_jax.train.step import OptimizerConfig, make_optimizer, make_train_step
 

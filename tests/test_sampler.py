@@ -919,3 +919,10 @@ def test_matrices_are_cast_once_when_they_are_loaded():
     sampler.load(PARAMS, version=0)
     for x in jax.tree.leaves(sampler._params):
         assert x.dtype == (jnp.bfloat16 if x.ndim > 1 else jnp.float32)
+
+
+def test_one_slot_with_parked_rows_has_no_fork_of_nothing():
+    sampler = Sampler(MODEL, dataclasses.replace(SHAPES, slots=1, parking=2, prefill_rows=(1,)), (), SEED)
+    sampler.load(PARAMS, version=0)
+    sampler.compile()
+    assert min(sampler._fork_sizes) > 0

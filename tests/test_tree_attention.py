@@ -4,15 +4,21 @@ The kernels for TPUs are run by Pallas' interpreter; that they lower to Mosaic i
 """
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_model
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from elpo_jax.model import tree_attention, tree_kernel
 from elpo_jax.model.tree_attention import attend
+from elpo_jax.train.mesh import MeshConfig, make_mesh
 
 
 def random_ends(rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
@@ -73,7 +79,7 @@ def close(ours, theirs):
 @pytest.mark.parametrize(("tokens", "block"), [(1, 1), (7, 4), (16, 16), (33, 16), (50, 7)])
 def test_any_trees_equal_float64_numpy(tokens, block, monkeypatch):
     """Lengths that the block does and does not divide; one row's blocks are another's gaps."""
-    monkeypatch.setattr(tree_attention, "BLOCK", block)
+    monkeypatch.setattr(tree_attention, "block_length", lambda tokens: -(-tokens // -(-tokens // block)))
     with_gradient.clear_cache()  # once: seeds share a shape, and what is compiled for it
     for seed in range(10):
         rng = np.random.default_rng((seed, tokens))
@@ -159,6 +165,59 @@ def test_the_kernels_lower_for_a_tpu(dtype):
         jax.jit(both).trace(*shapes, jax.ShapeDtypeStruct((rows, tokens), jnp.int32)).lower(lowering_platforms=("tpu",))
     )
     assert lowered.as_text().count("tpu_custom_call") == 3  # forward, by queries, by keys and values
+
+
+def on_meshes():
+    """What runs on four devices: the kernels on each one's rows and heads, and their lowering for a TPU."""
+    rng = np.random.default_rng(0)
+    ends, inputs = random_ends(rng, 4, 40), random_inputs(rng, 4, 40, 4, 2, 8)
+    expected = with_gradient(*inputs, ends)
+    tree_kernel.BLOCK = 16
+
+    def in_a_shard(*arrays):  # as where copies of the parameters add up their gradients on their own
+        rows = PartitionSpec("data")
+        return jax.shard_map(
+            functools.partial(with_gradient, implementation="pallas"),
+            in_specs=rows,
+            out_specs=rows,
+            axis_names={"data"},
+            check_vma=False,
+        )(*arrays)
+
+    for sizes in ((4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4)):  # two heads for four devices: each takes both
+        mesh = make_mesh(MeshConfig(*sizes))
+        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        with jax.set_mesh(mesh):
+            for function in (functools.partial(with_gradient, implementation="pallas"), in_a_shard):
+                run = jax.jit(function, in_shardings=rows, out_shardings=rows)
+                close(run(*inputs, ends), expected)
+
+        with jax.set_mesh(mesh):  # a batch that no axis splits
+            odd = [x[:3] for x in (*inputs, ends)]
+            close(jax.jit(functools.partial(with_gradient, implementation="pallas"))(*odd), with_gradient(*odd))
+
+    tree_kernel.BLOCK, jax.default_backend = 128, lambda: "tpu"
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in random_inputs(rng, 4, 256, 4, 2, 128)]
+    mesh = make_mesh(MeshConfig(2, 1, 2))
+    with jax.set_mesh(mesh):
+        run = jax.jit(in_a_shard, in_shardings=NamedSharding(mesh, PartitionSpec("data")))
+        traced = run.trace(*shapes, jax.ShapeDtypeStruct((4, 256), jnp.int32))
+    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 3
+    print("kernels on meshes")
+
+
+def test_each_device_of_a_mesh_runs_the_kernels_on_its_own_rows_and_heads():
+    here = pathlib.Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    code = "import jax; jax.config.update('jax_num_cpu_devices', 4); import test_tree_attention as t; t.on_meshes()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "kernels on meshes" in done.stdout, done.stderr[-3000:]
 
 
 def test_the_table_of_blocks_names_each_row_its_own():

@@ -11,6 +11,7 @@ Letters: B rows, G trunks, P parked rows, R rows of a call, T tokens, H query he
 block columns.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.tree_attention import MASKED, softmax_reference
 
+STAGED_BYTES = 2**28  # of copies that a fork has read and not yet written
 _FLOOR = -1e29  # above MASKED: a query that sees nothing of a part gives every column there the weight exp(-9e29) = 0
 
 
@@ -194,8 +196,8 @@ class _Part(NamedTuple):
     """Softmax attention over some columns, not yet divided by its sum; all float32."""
 
     out: jax.Array  # [R, K, M, N]
-    largest: jax.Array  # [R, K, M, 1], of the scores
-    total: jax.Array  # [R, K, M, 1], of the weights relative to the largest
+    largest: jax.Array  # [R, K, M, 1], the `softmax_reference` of the scores
+    total: jax.Array  # [R, K, M, 1], of the weights relative to it
 
 
 def _look(q: jax.Array, held: Rows, rows: jax.Array | None, last: jax.Array) -> _Part:
@@ -276,23 +278,13 @@ def fork(
     parked = parked or (_NONE,) * len(cache)
     layers = [_Layer(layer.own, layer.trunk or _NONE, held) for layer, held in zip(cache, parked, strict=True)]
     numbers = _Numbers(tuple(len(rows.k[0]) if rows.k else 0 for rows in layers[0]), shard, shards)
-
-    def read(i: jax.Array) -> jax.Array:
-        found, mine = _read(layers, numbers, source[i], source_base[i])
-        if shards == 1:
-            return found
-        crosses = numbers.home(source[i]) != numbers.home(target[i])
-        return jax.lax.cond(crosses, lambda: exchange(jnp.where(mine, found, 0)), lambda: found)
-
-    # One sequence after the other, in place: the cost is that of the copies there are, not of those there may be.
-    count = jnp.max(jnp.where(target >= 0, jnp.arange(len(target)) + 1, 0))
-    staged = jnp.zeros((len(target), *jax.eval_shape(read, count).shape), cache[0].own.k[0].dtype)
-    staged = jax.lax.fori_loop(0, count, lambda i, staged: staged.at[i].set(read(i)), staged)
-
-    def write(i: jax.Array, layers: list[_Layer]) -> list[_Layer]:
-        return _write(layers, numbers, target[i], target_base[i], staged[i])
-
-    own, trunks, parked = zip(*jax.lax.fori_loop(0, count, write, layers), strict=True)
+    # All is read before any is written, of as many layers at once as keep what lies between small.
+    together = max(1, STAGED_BYTES // (len(target) * sum(x[0].nbytes for x in (*cache[0].own.k, *cache[0].own.v))))
+    copied = []
+    for first in range(0, len(layers), together):
+        some = layers[first : first + together]
+        copied += _copy(some, numbers, source, source_base, target, target_base, exchange)
+    own, trunks, parked = zip(*copied, strict=True)
     _, groups, spares = numbers.counts
     cache = tuple(LayerCache(x, y if groups else None) for x, y in zip(own, trunks, strict=True))
     return cache, parked if spares else None
@@ -326,13 +318,46 @@ class _Numbers(NamedTuple):
         return jnp.select([number < end for end in ends], found, -1)
 
 
-def _read(layers: list[_Layer], numbers: _Numbers, source: jax.Array, base: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A sequence as a row, behind `base` tokens of its trunk, or a parked row holds it, and whether the shard has it.
+def _copy(
+    layers: list[_Layer],
+    numbers: _Numbers,
+    source: jax.Array,
+    source_base: jax.Array,
+    target: jax.Array,
+    target_base: jax.Array,
+    exchange: Callable[[jax.Array], jax.Array],
+) -> list[_Layer]:
+    """`fork` of some layers."""
 
-    It is whole, [2 L, K, N * C], the keys and the values of every layer; anything where the shard does not have it.
+    def read(i: jax.Array) -> jax.Array:
+        found = _read(layers, numbers, source[i], source_base[i])
+        if numbers.shards == 1:
+            return found
+        crosses = numbers.home(source[i]) != numbers.home(target[i])
+        return jax.lax.cond(crosses, lambda: exchange(found), lambda: found)
+
+    # One sequence after the other, in place: the cost is that of the copies there are, not of those there may be.
+    count = jnp.max(jnp.where(target >= 0, jnp.arange(len(target)) + 1, 0))
+    shape = jax.eval_shape(functools.partial(_read, layers, numbers), count, count)
+    staged = jnp.zeros((len(target), *shape.shape), shape.dtype)
+    staged = jax.lax.fori_loop(0, count, lambda i, staged: staged.at[i].set(read(i)), staged)
+
+    def write(i: jax.Array, layers: list[_Layer]) -> list[_Layer]:
+        return _write(layers, numbers, target[i], target_base[i], staged[i])
+
+    return jax.lax.fori_loop(0, count, write, layers)
+
+
+def _read(layers: list[_Layer], numbers: _Numbers, source: jax.Array, base: jax.Array) -> jax.Array:
+    """A sequence as a row, behind `base` tokens of its trunk, or a parked row holds it; 0 if the shard has it not.
+
+    It is whole, [2 L, K, N * C], the keys and the values of every layer.
     """
     (in_row, row), _, (waits, aside) = numbers.local(source)
     rows, groups, spares = numbers.counts
+
+    def stack(found: list[jax.Array]) -> jax.Array:
+        return jnp.stack([x.reshape(x.shape[0], -1) for x in found])
 
     def of_row():
         def whole(axis, own, trunk):
@@ -345,41 +370,43 @@ def _read(layers: list[_Layer], numbers: _Numbers, source: jax.Array, base: jax.
 
             return jax.lax.cond(base > 0, after_trunk, lambda: behind) if trunk else behind
 
-        return [x for own, trunk, _ in layers for x in (whole(2, own.k, trunk.k), whole(1, own.v, trunk.v))]
+        return stack([x for own, trunk, _ in layers for x in (whole(2, own.k, trunk.k), whole(1, own.v, trunk.v))])
 
     def of_parked():
-        return [x for _, _, held in layers for x in (_whole(held.k, aside, 2), _whole(held.v, aside, 1))]
+        return stack([x for _, _, held in layers for x in (_whole(held.k, aside, 2), _whole(held.v, aside, 1))])
 
-    found = jax.lax.cond(waits, of_parked, of_row) if spares else of_row()
-    return jnp.stack([x.reshape(x.shape[0], -1) for x in found]), in_row | waits
+    shape = jax.eval_shape(of_row)
+    ways = [lambda: jnp.zeros(shape.shape, shape.dtype), of_row, *([of_parked] if spares else [])]
+    return jax.lax.switch(in_row + 2 * waits, ways)
 
 
 def _write(
     layers: list[_Layer], numbers: _Numbers, target: jax.Array, base: jax.Array, sequence: jax.Array
 ) -> list[_Layer]:
     """Puts a sequence, as `_read` gives it, where it belongs: whole, or in a row without its first `base` tokens."""
-    places = numbers.local(target)
-
-    def behind(x: jax.Array, axis: int) -> jax.Array:
-        """Without what the target's trunk holds."""
-        return jax.lax.cond(base > 0, lambda: jnp.roll(x, -base, axis), lambda: x) if layers[0].trunk.k else x
-
-    def put(blocks: Blocks, new: jax.Array, axis: int, hit: jax.Array, index: jax.Array) -> Blocks:
-        ends = [sum(x.shape[axis + 1] for x in blocks[: n + 1]) for n in range(len(blocks) - 1)]
-        # What is not the target's is written as it was: a branch around it would copy the cache.
-        return tuple(
-            x.at[index].set(jnp.where(hit, part, x[index]))
-            for x, part in zip(blocks, jnp.split(new, ends, axis) if blocks else (), strict=True)
-        )
-
     _, kv_heads, width, _ = layers[0].own.k[0].shape
-    out = []
-    for layer, (k, v) in zip(layers, sequence.reshape(len(layers), 2, kv_heads, -1), strict=True):
-        k, v = k.reshape(kv_heads, width, -1), v.reshape(kv_heads, -1, width)
-        new = (behind(k, 2), behind(v, 1)), (k, v), (k, v)
-        moves = zip(layer, places, new, strict=True)
-        out.append(_Layer(*(Rows(put(held.k, k, 2, *at), put(held.v, v, 1, *at)) for held, at, (k, v) in moves)))
-    return out
+    sequence = sequence.reshape(len(layers), 2, kv_heads, -1)
+
+    def put(blocks: Blocks, index: jax.Array, new: jax.Array, axis: int, begin: jax.Array | int) -> Blocks:
+        new = new.reshape(kv_heads, *((width, -1) if axis == 2 else (-1, width)))
+        if groups:
+            new = jax.lax.cond(begin > 0, lambda: jnp.roll(new, -begin, axis), lambda: new)
+        ends = [sum(x.shape[axis + 1] for x in blocks[: n + 1]) for n in range(len(blocks) - 1)]
+        return tuple(x.at[index].set(part) for x, part in zip(blocks, jnp.split(new, ends, axis), strict=True))
+
+    _, groups, _ = numbers.counts
+    kinds = []
+    for kind, (hit, index), begin in zip(zip(*layers, strict=True), numbers.local(target), (base, 0, 0), strict=True):
+
+        def once(_, kind, index=index, begin=begin):
+            return [
+                Rows(put(rows.k, index, k, 2, begin), put(rows.v, index, v, 1, begin))
+                for rows, (k, v) in zip(kind, sequence, strict=True)
+            ]
+
+        # A loop of no or one pass, not a condition, which would copy all there is.
+        kinds.append(jax.lax.fori_loop(0, hit.astype(jnp.int32), once, list(kind)) if kind[0].k else kind)
+    return [_Layer(*rows) for rows in zip(*kinds, strict=True)]
 
 
 def _whole(blocks: Blocks, row: jax.Array, axis: int) -> jax.Array:

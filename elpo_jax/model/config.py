@@ -9,6 +9,7 @@ DTYPES = ("float32", "bfloat16")
 ATTENTION = ("blocks", "pallas", "cudnn")
 ROPE_KINDS = ("none", "linear", "llama3", "yarn")
 REMAT = ("none", "dots", "full")
+ROWS = ("data", "fsdp")  # the mesh axes that split the rows of a batch or of a cache
 
 
 @dataclasses.dataclass(frozen=True)

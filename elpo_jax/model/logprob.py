@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from elpo_jax.model.config import ModelConfig
+from elpo_jax.model.config import ROWS, ModelConfig
 from elpo_jax.model.transformer import Params, unembed
 
 SummedLoss = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 CHUNK_TOKENS = 512  # more is no faster on CPUs; much less, and adding up the gradient of the head costs too much
-ROW_AXES = ("data", "fsdp")  # mesh axes that split the rows of a batch
 
 
 @jax.custom_vjp
@@ -176,7 +175,7 @@ _summed.defvjp(_summed_forward, _summed_backward)
 
 
 def chunk_columns(rows: int, length: int, parts: int | None = None) -> int:
-    """Columns of a chunk whose logits have about `CHUNK_TOKENS` tokens on each device.
+    """Columns of a chunk whose logits have at most about `CHUNK_TOKENS` tokens on each device; all chunks are as long.
 
     Args:
       rows: B, on all devices.
@@ -186,8 +185,9 @@ def chunk_columns(rows: int, length: int, parts: int | None = None) -> int:
     if parts is None:
         mesh = jax.sharding.get_abstract_mesh()
         split = set(mesh.shape) - set(mesh.manual_axes)  # what a shard_map has split is split already
-        parts = math.prod(mesh.shape[axis] for axis in ROW_AXES if axis in split)
-    return min(length, max(16, CHUNK_TOKENS // -(-rows // parts)))
+        parts = math.prod(mesh.shape[axis] for axis in ROWS if axis in split)
+    longest = max(16, CHUNK_TOKENS // -(-rows // parts))
+    return -(-length // -(-length // longest))
 
 
 class _Columns(NamedTuple):

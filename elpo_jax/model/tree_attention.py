@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from elpo_jax.model.config import ROWS
+
 # Not -inf: a query that may attend to nothing (padding) then gets a uniform average, which is finite, and so is its
 # gradient.
 MASKED = -1e30
-BLOCK = 128  # queries, and keys, of a block at most
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _cut = jax.lax.dynamic_slice_in_dim
@@ -58,12 +59,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array, implementa
     return _by_library(q, k, v, ends, implementation)
 
 
+def block_length(tokens: int) -> int:
+    """Queries, and keys, of a block, in rows of that many tokens.
+
+    Small blocks compute less of what nobody sees, which trees have much of; large ones cost less each. Rows of up to
+    512 tokens hold chains more than trees, and where rows are very long, blocks are too many.
+    """
+    longest = 64 if 512 < tokens <= 8192 else 128
+    return -(-tokens // -(-tokens // longest))
+
+
 def _by_blocks(q, k, v, ends):
     rows, tokens, heads, width = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    count = -(-tokens // BLOCK)
-    block = -(-tokens // count)
+    block = block_length(tokens)
+    count = -(-tokens // block)
     padding = (0, count * block - tokens)
     # One matrix [T * G, N] per row and key/value head: with further axes XLA's CPU backend is ten times slower.
     q = (q * width**-0.5).reshape(rows, tokens, kv_heads, group, width).swapaxes(1, 2)
@@ -87,22 +98,25 @@ def _by_kernel(q, k, v, ends):
     q = q.reshape(rows, kv_heads, heads // kv_heads, -1, width)
     interpret = jax.default_backend() != "tpu"
     kernel = functools.partial(tree_kernel.attend_blocks, block=tree_kernel.BLOCK, interpret=interpret)
-    out = _on_each_device(kernel, kv_heads)(q, k, v, jnp.pad(ends, ((0, 0), padding)))
+    out = _on_each_device(kernel, q, k, v, jnp.pad(ends, ((0, 0), padding)))
     return out.reshape(rows, heads, -1, width)[:, :, :tokens].swapaxes(1, 2)
 
 
-def _on_each_device(kernel: Callable, kv_heads: int) -> Callable:
-    """Splits the rows and the key/value heads over what no `shard_map` has split yet; XLA cannot split a kernel."""
+def _on_each_device(kernel: Callable, q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) -> jax.Array:
+    """Each device attends to its own rows and key/value heads, the first two axes: XLA cannot split a kernel.
+
+    What a `shard_map` around this has split is split already; axes that do not divide the arrays are not used.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     axes = set(mesh.axis_names) - set(mesh.manual_axes)
     if not axes:
-        return kernel
-    rows = tuple(axis for axis in ROW_AXES if axis in axes)
-    heads = "tensor" if "tensor" in axes and kv_heads % mesh.shape["tensor"] == 0 else None
+        return kernel(q, k, v, ends)
+    rows = tuple(axis for axis in ROWS if axis in axes)
+    rows = rows if len(q) % math.prod(mesh.shape[axis] for axis in rows) == 0 else ()
+    heads = "tensor" if "tensor" in axes and k.shape[1] % mesh.shape["tensor"] == 0 else None
     split = PartitionSpec(rows, heads)
-    return jax.shard_map(
-        kernel, in_specs=(split, split, split, PartitionSpec(rows)), out_specs=split, axis_names=axes, check_vma=False
-    )
+    specs = (split, split, split, PartitionSpec(rows))
+    return jax.shard_map(kernel, in_specs=specs, out_specs=split, axis_names=axes, check_vma=False)(q, k, v, ends)
 
 
 def _by_library(q, k, v, ends, implementation):
@@ -113,7 +127,7 @@ def _by_library(q, k, v, ends, implementation):
 
 
 def softmax_reference(scores: jax.Array) -> jax.Array:
-    """What a softmax over the last axis subtracts from its scores: the least multiple of log 2 that is not below any.
+    """What a softmax over the last axis subtracts from its scores: the least multiple of log 2 above all of them.
 
     References of other blocks differ from it by multiples of log 2, so weights differ by powers of two, which rounding
     to bfloat16 does not see: an output hardly depends on where its keys were cut into blocks, and the sampler, whose
@@ -123,7 +137,7 @@ def softmax_reference(scores: jax.Array) -> jax.Array:
       scores: float32 [..., S].
 
     Returns:
-      float32 [..., 1].
+      float32 [..., 1], up to rounding.
     """
     return jnp.ceil(scores.max(axis=-1, keepdims=True) / math.log(2)) * math.log(2)
 

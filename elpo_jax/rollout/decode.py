@@ -16,11 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from elpo_jax.model import cache as kv
-from elpo_jax.model.config import ModelConfig
+from elpo_jax.model.config import ROWS, ModelConfig
 from elpo_jax.model.logprob import logprob_and_entropy
 from elpo_jax.model.transformer import Params, apply, unembed
 
-ROW_AXES = ("data", "fsdp")
 WHOLE = PartitionSpec()
 
 # Columns of the control array int32 [B, 8], one row per slot.
@@ -46,7 +45,7 @@ class State(NamedTuple):
 
 def row_axes(mesh: Mesh) -> tuple[str, ...]:
     """The axes of a mesh that split the slots."""
-    return tuple(name for name in ROW_AXES if name in mesh.shape)
+    return tuple(name for name in ROWS if name in mesh.shape)
 
 
 def place_params(params: Params, mesh: Mesh, dtype: str) -> Params:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from elpo_jax.model.config import ModelConfig
+from elpo_jax.model.config import ROWS, ModelConfig
 from elpo_jax.model.transformer import Params
 from elpo_jax.rollout import decode
 from elpo_jax.rollout.slots import Request, Slot, SlotTable, VersionError, concatenate, split_prefill
@@ -144,7 +144,7 @@ class Sampler:
             mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
         axes = decode.row_axes(mesh)
         if not axes:
-            raise ValueError(f"slots are split over the mesh axes {decode.ROW_AXES}; the mesh has {mesh.axis_names}")
+            raise ValueError(f"slots are split over the mesh axes {ROWS}; the mesh has {mesh.axis_names}")
         self._shards = math.prod(mesh.shape[axis] for axis in axes)
         for name in ("slots", "parking"):
             if getattr(config, name) % self._shards:
@@ -166,7 +166,7 @@ class Sampler:
         trunks = self._trunks_per_shard * self._shards
         # At most all slots and trunks are filled and all slots parked; mostly a good third of the slots changes hands.
         sizes = {rows * self._shards for rows in self._row_buckets[:-1]}
-        sizes |= {3 * config.slots // 4} if config.parking else set()
+        sizes |= {-(-3 * config.slots // 4)} if config.parking else set()
         self._fork_sizes = sorted({*sizes, config.slots + trunks + min(config.slots, config.parking)})
         self._new_state = functools.partial(
             decode.make_state, model_config, mesh, config.slots, config.context, group, config.block, config.parking
@@ -311,7 +311,8 @@ class Sampler:
     def finish_visit(self) -> list[Completion]:
         """Waits for the burst, and returns the turns that ended in it, in the order of their tickets.
 
-        That order, unlike the order of the slots, is the same on every mesh.
+        That order, unlike the order of the slots, is the same on every mesh, unless `prefill_per_visit` has turns start
+        later on some.
         """
         if self._pending is None:
             raise RuntimeError("no visit was started: call start_visit first")

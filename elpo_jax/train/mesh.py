@@ -14,8 +14,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from elpo_jax.model.config import ROWS
+
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes that split the rows of a batch
 
 # Pattern of the end of a parameter's path -> axis, or axes, of each dimension. The first that matches holds. Optimizer
 # moments carry the parameter's path behind a prefix of their own, so the same table places them.
