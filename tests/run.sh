@@ -6,7 +6,7 @@ export EXTRA="tests/requirements.txt"
 . "$(dirname "${BASH_SOURCE[0]}")/../experiments/env.sh"
 ruff check .
 ruff format --check .
-# Tests start a hundred processes; where this is set, each of them would compile the package again.
+# Tests start a hundred processes, and each would compile the package anew for which no bytecode is written.
 unset PYTHONDONTWRITEBYTECODE
 # A process for each core; with more than four the longest file decides. TEST_PROCESSES=0: all in one, for a debugger.
 processes="${TEST_PROCESSES:-$(python -c 'import os; n = min(4, len(os.sched_getaffinity(0))); print(n if n > 1 else 0)')}"

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elpo_jax.model import cache as kv
 from elpo_jax.model.cache import block_lengths, fork, locate, new_cache, new_parked
 from elpo_jax.model.config import ModelConfig, RopeScaling, config_from_json, count_params
 from elpo_jax.model.logprob import logprob_and_entropy, summed_loss, token_logprobs
@@ -371,8 +372,10 @@ def test_fork_reads_all_rows_before_it_writes():
         assert [float(leaf[row].min()) for row in range(3)] == [1.0, 0.0, 2.0]
 
 
-def test_parked_rows_hold_whole_sequences_and_change_places_with_rows():
+@pytest.mark.parametrize("staged", [0, 2**28])  # one layer at a time, and all at once
+def test_parked_rows_hold_whole_sequences_and_change_places_with_rows(staged, monkeypatch):
     """Two groups of two rows and four parked rows; every value is another."""
+    monkeypatch.setattr(kv, "STAGED_BYTES", staged)
 
     def numbered(tree):
         count = itertools.count(1)
@@ -387,7 +390,9 @@ def test_parked_rows_hold_whole_sequences_and_change_places_with_rows():
     # Row 3 behind 5 tokens of trunk 1 changes places with parked row 2, which goes behind 7; parked row 0 is lifted to
     # trunk 0, row 0 is parked whole in row 3, and a parked row moves.
     moves = np.array([(3, 5, 8, 0), (8, 0, 3, 7), (6, 0, 4, 0), (0, 0, 9, 0), (9, 0, 7, 0), (1, 0, -1, 0)], np.int32)
-    moved, aside = jax.jit(fork)(cache, parked, *moves.T)
+    moved, aside = jax.jit(lambda *arrays: fork(*arrays))(
+        cache, parked, *moves.T
+    )  # anew for each value of STAGED_BYTES
     for before, after, waited, waits in zip(cache, moved, parked, aside, strict=True):
         own, trunk, old = columns(before.own), columns(before.trunk), columns(waited)
         new, lifted, spare = columns(after.own), columns(after.trunk), columns(waits)

@@ -279,7 +279,8 @@ def fork(
     layers = [_Layer(layer.own, layer.trunk or _NONE, held) for layer, held in zip(cache, parked, strict=True)]
     numbers = _Numbers(tuple(len(rows.k[0]) if rows.k else 0 for rows in layers[0]), shard, shards)
     # All is read before any is written, of as many layers at once as keep what lies between small.
-    together = max(1, STAGED_BYTES // (len(target) * sum(x[0].nbytes for x in (*cache[0].own.k, *cache[0].own.v))))
+    row = sum(x.nbytes // len(x) for x in (*cache[0].own.k, *cache[0].own.v))
+    together = max(1, STAGED_BYTES // (len(target) * row))
     copied = []
     for first in range(0, len(layers), together):
         some = layers[first : first + together]

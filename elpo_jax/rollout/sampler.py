@@ -33,17 +33,19 @@ class SamplerConfig:
     Attributes:
       slots: B, sequences decoded at once; split over the mesh axes `data` and `fsdp`.
       context: Most tokens of a prefix and its turn together.
-      group: Slots that share a trunk, in which a prefix that they have in common is kept and read once for all; 1 for
-        none. Where it does not divide the slots of a device, the largest common divisor is taken.
+      group: Slots that share a trunk, in which a prefix that they have in common is kept and read once for all (also
+        known as shared-prefix or cascade attention); 1 for none. Where it does not divide the slots of a device, the
+        largest common divisor is taken.
       parking: P, further rows, split like the slots, to which attempts whose tools are running are copied while others
-        use their slots; 0 for none, so that these attempts keep their slots.
+        use their slots (preemption by swapping, where the swap space is on the device); 0 for none, so that these
+        attempts keep their slots.
       block: Columns of a cache row that are read whatever there is; beyond, a row is read as far as the longest one
         goes, rounded up to `block` times a power of 2.
       steps_per_visit: Tokens that every slot decodes before the host looks: more is less overhead, and a longer wait
         for slots whose turn has ended.
       prefill_per_visit: Tokens per device, padding included, that are prefilled before a visit decodes, if any slot
-        decodes; what is left is carried to the next visits, in order. 0 for all at once: a long prompt then keeps all
-        slots waiting, and none of them has to start late.
+        decodes (chunked prefill); what is left is carried to the next visits, in order. 0 for all at once: a long
+        prompt then keeps all slots waiting, and none of them has to start late.
       prefill_buckets: Token counts that a prefill is padded to; longer ones are done in pieces.
       prefill_rows: Row counts that a prefill or fork is padded to, beside all slots.
     """

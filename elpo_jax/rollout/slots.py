@@ -312,8 +312,8 @@ class SlotTable:
     def _find_room(self, request: Request, length: int, back: bool = False) -> tuple[Slot | None, int]:
         """A slot for the request whose trunk has as much of the prefix as any, and how much that is.
 
-        It is the least recently used free one, or else one whose attempt can be parked, that whose turn ended last:
-        where all tools have as long to answer it is away for longest. `back` says that the request leaves a parked row.
+        It is the least recently used free one, or else one whose attempt can be parked, that which was used last: where
+        all tools have as long to answer it is away for longest. `back` says that the request leaves a parked row.
         """
         known = {trunk.index: _matching(trunk, request, length) for trunk in self._trunks}
 
