@@ -47,7 +47,7 @@ class SamplerConfig:
         decodes (chunked prefill); what is left is carried to the next visits, in order. 0 for all at once: a long
         prompt then keeps all slots waiting, and none of them has to start late.
       prefill_buckets: Token counts that a prefill is padded to; longer ones are done in pieces.
-      prefill_rows: Row counts that a prefill or fork is padded to, beside all slots.
+      prefill_rows: Row counts that a prefill is padded to, beside all slots.
     """
 
     slots: int = 64
@@ -166,9 +166,9 @@ class Sampler:
         self._trunks_per_shard = self._per_shard // group if group > 1 else 0
         self._trunk_buckets = sorted({1, self._trunks_per_shard}) if self._trunks_per_shard else []
         trunks = self._trunks_per_shard * self._shards
-        # At most all slots and trunks are filled and all slots parked; mostly a good third of the slots changes hands.
-        sizes = {rows * self._shards for rows in self._row_buckets[:-1]}
-        sizes |= {-(-3 * config.slots // 4)} if config.parking else set()
+        # A few branches, what mostly changes hands beside parked rows, or all: every slot and trunk filled, every slot
+        # parked. Each takes seconds to compile, and more would save little: a fork costs the copies that there are.
+        sizes = {self._row_buckets[0] * self._shards} | ({-(-3 * config.slots // 4)} if config.parking else set())
         self._fork_sizes = sorted({*sizes, config.slots + trunks + min(config.slots, config.parking)})
         self._new_state = functools.partial(
             decode.make_state, model_config, mesh, config.slots, config.context, group, config.block, config.parking
