@@ -137,7 +137,7 @@ def test_sides_take_turns_and_report_medians(monkeypatch):
         return measure.Side(name, work, prepare)
 
     fast, slow = side("a", [50.0, 1.0, 7.0, 2.0, 7.0, 40.0]), side("b", [60.0, 9.0, 7.0, 8.0, 7.0, 10.0])
-    line = measure.compare(measure.Settings(quick=True, seed=0, runs=3), "x", "case", fast, slow)
+    line = measure.compare(measure.Settings(quick=False, seed=0, runs=3), "x", "case", fast, slow)
     assert calls == [*["prepare a", "a"] * 2, *["prepare b", "b"] * 2] * 3  # once to warm up, once timed
     assert (line["value"], line["against"], line["ratio"]) == (50.0, round(100 / 9, 1), 4.5)
     assert line["sides"] == ["a", "b"] and line["runs"] == 3
