@@ -171,7 +171,7 @@ def record(config: Any, workdir: pathlib.Path) -> tuple[list[Span], float, dict]
         )
         optimizer = make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.updates * config.rl.epochs)
         state = init_state(config.model, optimizer, jax.random.key(config.seed), mesh, begun.params)
-        sampler.load(begun.params, version=0)
+        sampler.load(state.params, version=0)
         sampler.compile()  # a run compiles a shape when it first needs it, which may be in any of its steps
         for name in ("_prefill", "_prefill_trunks", "_fork", "_rewind"):
             setattr(sampler, name, recorder.timed("prefill and fork", getattr(sampler, name)))
