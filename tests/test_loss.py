@@ -18,7 +18,7 @@ from numpy_loss import loss_and_gradient, random_examples, weighted_loss
 from test_golden import figure_tree
 
 from elpo_jax.model.config import ModelConfig
-from elpo_jax.model.logprob import token_logprobs
+from elpo_jax.model.logprob import chunk_columns, token_logprobs
 from elpo_jax.model.transformer import apply, init
 from elpo_jax.policy.batch import Batch, Example, drop_flat, normalise, pack, policy_examples, stack
 from elpo_jax.policy.credit import assign
@@ -585,3 +585,9 @@ def test_eight_devices_equal_one():
         [sys.executable, "-c", EIGHT_DEVICES], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and "same gradients" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("rows", "length", "columns"), [(1, 1152, 384), (4, 288, 96), (16, 160, 32), (1, 100, 100)])
+def test_chunks_of_the_head_are_equally_long(rows, length, columns):
+    """None computes padding that a shorter one would not: 1,152 tokens are three chunks of 384, not of 512."""
+    assert chunk_columns(rows, length, parts=1) == columns

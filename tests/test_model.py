@@ -390,9 +390,10 @@ def test_parked_rows_hold_whole_sequences_and_change_places_with_rows(staged, mo
     # Row 3 behind 5 tokens of trunk 1 changes places with parked row 2, which goes behind 7; parked row 0 is lifted to
     # trunk 0, row 0 is parked whole in row 3, and a parked row moves.
     moves = np.array([(3, 5, 8, 0), (8, 0, 3, 7), (6, 0, 4, 0), (0, 0, 9, 0), (9, 0, 7, 0), (1, 0, -1, 0)], np.int32)
-    moved, aside = jax.jit(lambda *arrays: fork(*arrays))(
-        cache, parked, *moves.T
-    )  # anew for each value of STAGED_BYTES
+    between = f"f32[{len(moves)},{2 * (BASE.layers if staged else 1)},{BASE.kv_heads},{12 * BASE.head_dim}]"
+    assert between in str(jax.make_jaxpr(lambda *arrays: fork(*arrays))(cache, parked, *moves.T))
+    once = jax.jit(lambda *arrays: fork(*arrays))  # a function of its own, so that it is traced anew
+    moved, aside = once(cache, parked, *moves.T)
     for before, after, waited, waits in zip(cache, moved, parked, aside, strict=True):
         own, trunk, old = columns(before.own), columns(before.trunk), columns(waited)
         new, lifted, spare = columns(after.own), columns(after.trunk), columns(waits)

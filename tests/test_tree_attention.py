@@ -87,6 +87,11 @@ def test_any_trees_equal_float64_numpy(tokens, block, monkeypatch):
         close(with_gradient(*inputs, ends), reference(*inputs, ends))
 
 
+@pytest.mark.parametrize(("tokens", "block"), [(1, 1), (512, 128), (513, 57), (1152, 64), (8192, 64), (8320, 128)])
+def test_blocks_are_small_where_rows_hold_trees_and_equally_long(tokens, block):
+    assert tree_attention.block_length(tokens) == block
+
+
 @pytest.mark.parametrize("heads,kv_heads", [(4, 4), (6, 2), (3, 1)])
 def test_groups_of_heads_and_the_length_of_real_blocks(heads, kv_heads):
     rng = np.random.default_rng(heads)
