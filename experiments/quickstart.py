@@ -19,8 +19,9 @@ def get_config() -> Config:
         rollout=RolloutConfig(interpreter_packages=()),
         algo=elpo(dual_clip=3.0),
         against=(grpo(dual_clip=3.0),),
-        # Its turns are short and its tools fast: copying attempts aside costs more than the slots it frees are worth.
-        sampler=SamplerConfig(parking=0),
+        # Its sequences are short: what sharing a prompt in the cache and skipping empty columns saves is less than what
+        # merging the parts costs, and each part is compiled in every shape.
+        sampler=SamplerConfig(group=1, block=128),
         # Rows of twice the context: more of a tree fits into one, and what its attempts share is computed once.
         rl=RlConfig(row_tokens=512, micro_rows=8),
     )
