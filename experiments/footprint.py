@@ -16,11 +16,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from elpo_jax.config import Config
 from elpo_jax.model import tree_attention
-from elpo_jax.model.cache import block_lengths
+from elpo_jax.model.cache import block_lengths, layers_at_once
 from elpo_jax.model.config import ModelConfig
 from elpo_jax.model.logprob import chunk_columns
 from elpo_jax.model.transformer import init
 from elpo_jax.rollout.decode import State, empty_state, row_axes, state_sharding
+from elpo_jax.rollout.sampler import most_copies
 from elpo_jax.train.mesh import AXES, row_parts, shardings
 from elpo_jax.train.state import TrainState
 from elpo_jax.train.step import Optimizer, make_optimizer
@@ -256,6 +257,19 @@ def prefill(config: Config, mesh: Mesh | AbstractMesh, rows: int, tokens: int) -
         # One block of the rows, and its scores and their weights.
         working=_longest_block(config) * (rows * column + 2 * scores * 4),
     )
+
+
+def staged(config: Config, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes that the largest fork has read and not yet written: whole sequences, of as many layers as it takes at once.
+
+    Every device stages what all of them copy.
+    """
+    model, sampler = config.model, config.sampler
+    group = slot_group(config, mesh)
+    copies = most_copies(sampler, sampler.slots // group if group > 1 else 0)
+    heads = model.kv_heads // _split(model, mesh).heads
+    row = 2 * sampler.context * heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+    return copies * row * min(model.layers, layers_at_once(copies, row))
 
 
 def _holders(config: Config, mesh: Mesh | AbstractMesh) -> int:

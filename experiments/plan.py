@@ -179,7 +179,7 @@ def roofline(chip: Chip, flops: float, traffic: float, sent: float) -> tuple[flo
 def peak_bytes(config: Config, mesh, micro: int) -> float:
     """Most bytes on a device at once: what lies there, and the working memory of the greediest call."""
     working = max(phase.working for phase in by_hand(config, mesh, micro).values())
-    return sum(footprint.resident(config, mesh).values()) + working
+    return sum(footprint.resident(config, mesh).values()) + max(working, footprint.staged(config, mesh))
 
 
 def splits(devices: int, heads: int) -> list[tuple[int, int, int]]:
@@ -288,7 +288,6 @@ def plan(config: Config, mesh: Mesh, volume: Volume, chips: Sequence[str], depth
             "compile_s": program.seconds,
             "seconds": seconds,
         }
-    resident = footprint.resident(config, mesh)
     devices = mesh.devices.size
     return {
         "experiment": config.name,
@@ -297,8 +296,9 @@ def plan(config: Config, mesh: Mesh, volume: Volume, chips: Sequence[str], depth
         "compiled_layers": sorted(depths),
         "mesh": {name: mesh.shape[name] for name in AXES},
         "volume": dataclasses.asdict(volume) | {"micro_batches": micro, "prefill": _prefill_line(config, mesh)},
-        "resident_bytes": resident,
-        "peak_bytes": sum(resident.values()) + max(phase.working for phase in count.values()),
+        "resident_bytes": footprint.resident(config, mesh),
+        "staged_bytes": footprint.staged(config, mesh),
+        "peak_bytes": peak_bytes(config, mesh, micro),
         "phases": phases,
         "fits": fits(config, volume, devices, chips),
         "smallest": smallest(config, volume, chips),
@@ -337,6 +337,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         memory.add_row(name, _bytes(size))
     for name, phase in phases.items():
         memory.add_row(f"working memory, {name}", _bytes(phase["working_bytes"]))
+    memory.add_row("working memory, fork", _bytes(result["staged_bytes"]))
     memory.add_row("[bold]at most at once[/bold]", f"[bold]{_bytes(result['peak_bytes'])}[/bold]")
     console.print(memory)
     chips = list(phases["update"]["seconds"])

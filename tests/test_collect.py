@@ -196,15 +196,15 @@ def test_in_bfloat16_sampler_and_trainer_differ_by_less_than_its_rounding(world,
 
     Rounding itself costs more than twice what they differ by, as a trainer in float32 shows.
     """
-    trees = grow(world, world.sampler(16, "bfloat16"), temperature)
+    trees = grow(world, world.sampler(16, "bfloat16", group=8), temperature)
     metrics = first_update(world, trees, temperature, "bfloat16")
     assert metrics["mismatch_mean"] < 5e-4 and metrics["mismatch_max"] < 0.05
     assert first_update(world, trees, temperature, "float32")["mismatch_mean"] > 2 * metrics["mismatch_mean"]
 
 
 def test_neither_slots_nor_neighbours_change_an_attempt(world, trees):
-    """The same trees from a sampler with six slots, so with other batches, other forks and other prefills."""
-    for a, b in zip(trees, grow(world, world.sampler(6)), strict=True):
+    """The same trees from a sampler with six slots, so with other batches, forks and prefills, and with trunks."""
+    for a, b in zip(trees, grow(world, world.sampler(6, group=2)), strict=True):
         assert [(x.parent, x.anchor) for x in a.leaves] == [(x.parent, x.anchor) for x in b.leaves]
         for x, y in zip(a.leaves, b.leaves, strict=True):
             np.testing.assert_array_equal(x.trajectory.ids(), y.trajectory.ids())
@@ -220,7 +220,7 @@ def test_neither_the_visits_of_a_tool_nor_its_slowness_change_an_attempt(world, 
     parked, original = [], SlotTable._park
     monkeypatch.setattr(SlotTable, "_park", lambda self, slot: parked.append(slot.index) or original(self, slot))
     slow = dataclasses.replace(world, environment=dataclasses.replace(world.environment, tool_visits=3))
-    grown = grow(slow, world.sampler(10, parking=5, prefill_per_visit=64))
+    grown = grow(slow, world.sampler(10, group=5, parking=5, prefill_per_visit=64))
     assert parked
     for a, b in zip(trees, grown, strict=True):
         assert [(x.parent, x.anchor) for x in a.leaves] == [(x.parent, x.anchor) for x in b.leaves]

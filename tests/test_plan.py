@@ -11,13 +11,16 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from elpo_jax.config import Config, RlConfig, SftConfig
+from elpo_jax.model import cache as kv
 from elpo_jax.model.config import ModelConfig, count_params
 from elpo_jax.model.transformer import init
 from elpo_jax.overrides import load, override
-from elpo_jax.rollout.sampler import SamplerConfig
+from elpo_jax.rollout import decode
+from elpo_jax.rollout.sampler import SamplerConfig, most_copies
 from elpo_jax.train.mesh import MeshConfig, make_mesh
 from experiments import footprint, plan
 from experiments.chips import CHIPS, Chip
@@ -149,6 +152,20 @@ def test_working_memory_by_hand_is_near_what_the_compiler_takes(remat):
         compiled, count = plan.compile_phase(phase, config, mesh, 2), plan.by_hand(config, mesh, 2)[phase]
         assert count.working == pytest.approx(compiled.temporary, rel=0.25), phase
         assert count.flops == pytest.approx(compiled.flops, rel=0.01), "also what is computed again"
+
+
+@pytest.mark.parametrize("limit", [0, 2**28])  # one layer at a time, and all at once
+def test_what_a_fork_stages_is_what_the_compiler_takes(limit, monkeypatch):
+    monkeypatch.setattr(kv, "STAGED_BYTES", limit)
+    config = dataclasses.replace(TINY, sampler=dataclasses.replace(TINY.sampler, context=1024))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    copies = np.zeros((most_copies(config.sampler, 2), 4), np.int32)
+    assert len(copies) == 16 + 2 + 8
+    fork = decode.make_fork.__wrapped__(config.model, mesh)  # a function of its own, so that it is traced anew
+    temporary = fork.lower(footprint.sampler_state(config, mesh), copies).compile().memory_analysis().temp_size_in_bytes
+    counted = footprint.staged(config, mesh)
+    assert counted == len(copies) * 2 * 1024 * 2 * 16 * 4 * (6 if limit else 1)
+    assert counted <= temporary <= 1.25 * counted
 
 
 def test_the_line_through_two_depths_is_the_whole_network(eight):

@@ -1,7 +1,9 @@
 """The sampler against the trainer's own forward pass, against itself in other batches, slots and processes."""
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -23,6 +25,7 @@ from elpo_jax.model.transformer import apply, unembed
 from elpo_jax.rollout import decode
 from elpo_jax.rollout.sampler import Request, Sampler, SamplerConfig, VersionError
 from elpo_jax.rollout.slots import SlotTable, Source, split_prefill
+from elpo_jax.train.mesh import MeshConfig, make_mesh
 from elpo_jax.trees.trajectory import Author, Segment
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -240,6 +243,43 @@ def test_fresh_processes_repeat_every_bit_and_meshes_agree(stopping):
 
 
 # Forking and rewinding a cache row equal computing it again.
+
+
+def forks_on_meshes():
+    """For a process of four devices: copies between shards of rows, trunks and parked rows are those of one device."""
+    # Rows 0 and 1, trunk 4 and parked row 6 are of the first shard of two; every copy but the last goes to the other.
+    forks = np.array([(0, 4, 7, 0), (3, 5, 0, 2), (6, 0, 5, 0), (2, 0, 1, 0), (7, 0, 6, 0), (2, 3, 3, 0)], np.int32)
+    for dtype, sizes in itertools.product(("float32", "bfloat16"), ((2, 1, 1), (1, 2, 2))):
+        config, forked = dataclasses.replace(MODEL, dtype=dtype), []
+        for shape in ((1, 1, 1), sizes):
+            mesh = make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
+            rng = np.random.default_rng(0)
+            state = decode.make_state(config, mesh, 4, 32, 2, 8, 2)
+
+            def fill(x, rng=rng):
+                return jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding)
+
+            state = jax.tree.map(fill, state)
+            before = jax.tree.map(np.asarray, state)
+            forked.append(jax.tree.map(np.asarray, decode.make_fork(config, mesh)(state, forks)))
+            assert not np.array_equal(before.parked[0].k[0], forked[-1].parked[0].k[0])
+        assert forked[0].cache[0].own.k[0].dtype == dtype
+        jax.tree.map(np.testing.assert_array_equal, *forked)
+    print("forks on meshes")
+
+
+@pytest.mark.slow
+def test_forks_between_devices_copy_every_bit():
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    code = "import jax; jax.config.update('jax_num_cpu_devices', 4); import test_sampler as t; t.forks_on_meshes()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "forks on meshes" in done.stdout, done.stderr[-3000:]
 
 
 def branch_point(sampler):

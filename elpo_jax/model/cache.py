@@ -280,7 +280,7 @@ def fork(
     numbers = _Numbers(tuple(len(rows.k[0]) if rows.k else 0 for rows in layers[0]), shard, shards)
     # All is read before any is written, of as many layers at once as keep what lies between small.
     row = sum(x.nbytes // len(x) for x in (*cache[0].own.k, *cache[0].own.v))
-    together = max(1, STAGED_BYTES // (len(target) * row))
+    together = layers_at_once(len(target), row)
     copied = []
     for first in range(0, len(layers), together):
         some = layers[first : first + together]
@@ -289,6 +289,11 @@ def fork(
     _, groups, spares = numbers.counts
     cache = tuple(LayerCache(x, y if groups else None) for x, y in zip(own, trunks, strict=True))
     return cache, parked if spares else None
+
+
+def layers_at_once(copies: int, row: int) -> int:
+    """Layers that a fork of that many copies reads before it writes, if a row of one layer has `row` bytes."""
+    return max(1, STAGED_BYTES // (copies * row))
 
 
 class _Layer(NamedTuple):

@@ -34,8 +34,8 @@ class SamplerConfig:
       slots: B, sequences decoded at once; split over the mesh axes `data` and `fsdp`.
       context: Most tokens of a prefix and its turn together.
       group: Slots that share a trunk, in which a prefix that they have in common is kept and read once for all (also
-        known as shared-prefix or cascade attention); 1 for none, which is faster where prompts are short. Where it does not divide the slots of a device, the
-        largest common divisor is taken.
+        known as shared-prefix or cascade attention); 1 for none, which is faster where prompts are short. Where it
+        does not divide the slots of a device, the largest common divisor is taken.
       parking: P, further rows, split like the slots, to which attempts whose tools are running are copied while others
         use their slots (preemption by swapping, where the swap space is on the device). It pays where tools take
         several visits to answer; 0, the default, for none, so that these attempts keep their slots.
@@ -70,6 +70,11 @@ class SamplerConfig:
         for name in ("prefill_buckets", "prefill_rows"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"sampler.{name}={getattr(self, name)} must be one or more positive sizes")
+
+
+def most_copies(config: SamplerConfig, trunks: int) -> int:
+    """Copies of the largest fork: every slot and trunk is filled, and every slot was parked before."""
+    return config.slots + trunks + min(config.slots, config.parking)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,10 +171,10 @@ class Sampler:
         self._trunks_per_shard = self._per_shard // group if group > 1 else 0
         self._trunk_buckets = sorted({1, self._trunks_per_shard}) if self._trunks_per_shard else []
         trunks = self._trunks_per_shard * self._shards
-        # A few branches, what mostly changes hands beside parked rows, or all: every slot and trunk filled, every slot
-        # parked. Each takes seconds to compile, and more would save little: a fork costs the copies that there are.
+        # A few branches, what mostly changes hands beside parked rows, or all. Each takes seconds to compile, and more
+        # would save little: a fork costs the copies that there are.
         sizes = {self._row_buckets[0] * self._shards} | ({-(-3 * config.slots // 4)} if config.parking else set())
-        self._fork_sizes = sorted({*sizes, config.slots + trunks + min(config.slots, config.parking)})
+        self._fork_sizes = sorted({*sizes, most_copies(config, trunks)})
         self._new_state = functools.partial(
             decode.make_state, model_config, mesh, config.slots, config.context, group, config.block, config.parking
         )
