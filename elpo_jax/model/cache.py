@@ -281,10 +281,11 @@ def fork(
     # All is read before any is written, of as many layers at once as keep what lies between small.
     row = sum(x.nbytes // len(x) for x in (*cache[0].own.k, *cache[0].own.v))
     together = layers_at_once(len(target), row)
-    copied = []
+    copied, count = [], jnp.max(jnp.where(target >= 0, jnp.arange(len(target)) + 1, 0))
     for first in range(0, len(layers), together):
         some = layers[first : first + together]
-        copied += _copy(some, numbers, source, source_base, target, target_base, exchange)
+        done, count = _copy(some, numbers, count, source, source_base, target, target_base, exchange)
+        copied += done
     own, trunks, parked = zip(*copied, strict=True)
     _, groups, spares = numbers.counts
     cache = tuple(LayerCache(x, y if groups else None) for x, y in zip(own, trunks, strict=True))
@@ -327,13 +328,17 @@ class _Numbers(NamedTuple):
 def _copy(
     layers: list[_Layer],
     numbers: _Numbers,
+    count: jax.Array,
     source: jax.Array,
     source_base: jax.Array,
     target: jax.Array,
     target_base: jax.Array,
     exchange: Callable[[jax.Array], jax.Array],
-) -> list[_Layer]:
-    """`fork` of some layers."""
+) -> tuple[list[_Layer], jax.Array]:
+    """`fork` of some layers: the first `count` copies. Also says how many were written, which is as many.
+
+    Who goes on with that number waits for the writes; with another one XLA would stage all layers at once.
+    """
 
     def read(i: jax.Array) -> jax.Array:
         found = _read(layers, numbers, source[i], source_base[i])
@@ -343,15 +348,16 @@ def _copy(
         return jax.lax.cond(crosses, lambda: exchange(found), lambda: found)
 
     # One sequence after the other, in place: the cost is that of the copies there are, not of those there may be.
-    count = jnp.max(jnp.where(target >= 0, jnp.arange(len(target)) + 1, 0))
     shape = jax.eval_shape(functools.partial(_read, layers, numbers), count, count)
-    staged = jnp.zeros((len(target), *shape.shape), shape.dtype)
+    # Filled with anything that depends on the count: zeros would be made, and kept, for all layers at the start.
+    staged = jnp.full((len(target), *shape.shape), count.astype(shape.dtype))
     staged = jax.lax.fori_loop(0, count, lambda i, staged: staged.at[i].set(read(i)), staged)
 
-    def write(i: jax.Array, layers: list[_Layer]) -> list[_Layer]:
-        return _write(layers, numbers, target[i], target_base[i], staged[i])
+    def write(i: jax.Array, state: tuple[list[_Layer], jax.Array]) -> tuple[list[_Layer], jax.Array]:
+        layers, written = state
+        return _write(layers, numbers, target[i], target_base[i], staged[i]), written + 1
 
-    return jax.lax.fori_loop(0, count, write, layers)
+    return jax.lax.fori_loop(0, count, write, (layers, jnp.zeros_like(count)))
 
 
 def _read(layers: list[_Layer], numbers: _Numbers, source: jax.Array, base: jax.Array) -> jax.Array:
