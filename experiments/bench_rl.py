@@ -6,6 +6,7 @@ are the same on both sides; weights are random and every turn has its full lengt
 """
 
 import dataclasses
+import gc
 import importlib
 from collections.abc import Callable, Iterator
 
@@ -52,6 +53,9 @@ def bench_rl(settings: Settings) -> Iterator[dict]:
                 ours = Side(f"elpo_jax, {dtype} update", our_step(config, work, dtype, settings.seed, together=2))
                 yield compare(settings, "rl", f"{case}, {dtype}", ours, theirs, unit="steps/s")
             other.close()
+            # Before the next trainer is made: with two of them M takes more than 24 GB.
+            del other, theirs, ours
+            gc.collect()
 
 
 def bench_elpo(settings: Settings) -> Iterator[dict]:

@@ -49,8 +49,10 @@ from experiments import plan
 assert plan.main([sys.argv[2], "--mesh", "4x2", "--json", sys.argv[3]]) == 0
 
 import jax
+import jax.numpy as jnp
 from elpo_jax.overrides import load
-from elpo_jax.rollout.sampler import Sampler
+from elpo_jax.rollout import decode
+from elpo_jax.rollout.sampler import Sampler, most_copies
 from elpo_jax.train.mesh import MeshConfig, make_mesh
 from elpo_jax.train.state import init_state
 from experiments import footprint
@@ -72,10 +74,15 @@ for phase in plan.PHASES:
     counts = {kind: t.count for kind, t in line.traffic.items()}
     lines[phase] = {"flops": line.flops, "arguments": line.arguments, "traffic": counts, "sent": line.sent}
 
+slots = config.sampler.slots
+copies = jax.ShapeDtypeStruct((most_copies(config.sampler, slots // footprint.slot_group(config, mesh)), 4), jnp.int32)
+fork = decode.make_fork(config.model, mesh).lower(footprint.sampler_state(config, mesh), copies).compile()
+staged = [fork.memory_analysis().temp_size_in_bytes, footprint.staged(config, mesh)]
+
 mesh = make_mesh(MeshConfig(data=8))
 copies = plan.compile_phase("update", plan.of_depth(config, 2), mesh, 4)
 copies = {kind: [t.payload, t.sent] for kind, t in copies.traffic.items()}
-pathlib.Path(sys.argv[4]).write_text(json.dumps({"real": real, "lines": lines, "copies": copies}))
+pathlib.Path(sys.argv[4]).write_text(json.dumps({"real": real, "lines": lines, "copies": copies, "staged": staged}))
 """
 
 
@@ -166,6 +173,24 @@ def test_what_a_fork_stages_is_what_the_compiler_takes(limit, monkeypatch):
     counted = footprint.staged(config, mesh)
     assert counted == len(copies) * 2 * 1024 * 2 * 16 * 4 * (6 if limit else 1)
     assert counted <= temporary <= 1.25 * counted
+
+
+def test_the_most_bytes_at_once_may_be_those_of_a_fork(eight):
+    result, seen, _ = eight
+    compiled, counted = seen["staged"]
+    assert counted == (16 + 4 + 8) * 2 * 128 * 1 * 16 * 4 * 6, (
+        "each device has half of the heads, and stages all copies"
+    )
+    assert counted <= compiled <= 1.25 * counted
+    assert result["staged_bytes"] == counted
+    # One short row is trained, so that nothing takes as much as the copies.
+    sampler = dataclasses.replace(TINY.sampler, context=1024)
+    config = dataclasses.replace(TINY, sampler=sampler, rl=RlConfig(micro_rows=1, row_tokens=16))
+    mesh = abstract_mesh((1, 1, 1))
+    most = max(phase.working for phase in plan.by_hand(config, mesh, 1).values())
+    staged = footprint.staged(config, mesh)
+    assert staged > most
+    assert plan.peak_bytes(config, mesh, 1) == sum(footprint.resident(config, mesh).values()) + staged
 
 
 def test_the_line_through_two_depths_is_the_whole_network(eight):
