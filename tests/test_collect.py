@@ -184,27 +184,38 @@ def first_update(world, trees, temperature, dtype="float32"):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_ratio_at_the_first_update_is_one(world, temperature):
     """The sampler's cached decoding and the trainer's packed pass agree on every token that a batch trains on."""
-    trees = grow(world, world.sampler(16), temperature)
+    trees = grow(world, world.sampler(16, group=8), temperature)
     metrics = first_update(world, trees, temperature)
     assert metrics["ratio_deviation_max"] < 1e-4 and metrics["mismatch_max"] < 1e-4
     assert first_update(world, trees, 0.8)["ratio_deviation_max"] > 1e-2  # the temperature is part of it
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_in_bfloat16_sampler_and_trainer_differ_by_less_than_its_rounding(world, temperature):
+def test_in_bfloat16_sampler_and_trainer_differ_by_less_than_its_rounding(world, lifted, temperature):
     """Mean difference of the log-probabilities below 0.0005 nats per token, when both compute in bfloat16.
 
     Rounding itself costs more than twice what they differ by, as a trainer in float32 shows.
     """
     trees = grow(world, world.sampler(16, "bfloat16", group=8), temperature)
+    assert lifted
     metrics = first_update(world, trees, temperature, "bfloat16")
     assert metrics["mismatch_mean"] < 5e-4 and metrics["mismatch_max"] < 0.05
     assert first_update(world, trees, temperature, "float32")["mismatch_mean"] > 2 * metrics["mismatch_mean"]
 
 
-def test_neither_slots_nor_neighbours_change_an_attempt(world, trees):
+@pytest.fixture
+def lifted(monkeypatch):
+    """The trunks that prefixes were lifted to, one entry each time."""
+    trunks, original = [], SlotTable._lift
+    monkeypatch.setattr(SlotTable, "_lift", lambda self, *args: trunks.append(args[0].index) or original(self, *args))
+    return trunks
+
+
+def test_neither_slots_nor_neighbours_change_an_attempt(world, trees, lifted):
     """The same trees from a sampler with six slots, so with other batches, forks and prefills, and with trunks."""
-    for a, b in zip(trees, grow(world, world.sampler(6, group=2)), strict=True):
+    grown = grow(world, world.sampler(6, group=2))
+    assert lifted
+    for a, b in zip(trees, grown, strict=True):
         assert [(x.parent, x.anchor) for x in a.leaves] == [(x.parent, x.anchor) for x in b.leaves]
         for x, y in zip(a.leaves, b.leaves, strict=True):
             np.testing.assert_array_equal(x.trajectory.ids(), y.trajectory.ids())
@@ -212,7 +223,7 @@ def test_neither_slots_nor_neighbours_change_an_attempt(world, trees):
             assert x.trajectory.success == y.trajectory.success
 
 
-def test_neither_the_visits_of_a_tool_nor_its_slowness_change_an_attempt(world, trees, monkeypatch):
+def test_neither_the_visits_of_a_tool_nor_its_slowness_change_an_attempt(world, trees, lifted, monkeypatch):
     """Answers come later, so other turns share a batch; which visit takes an answer is fixed, however fast the tool.
 
     Nor does it matter whether attempts that wait keep their slots or are parked, and how much a visit prefills.
@@ -221,7 +232,7 @@ def test_neither_the_visits_of_a_tool_nor_its_slowness_change_an_attempt(world, 
     monkeypatch.setattr(SlotTable, "_park", lambda self, slot: parked.append(slot.index) or original(self, slot))
     slow = dataclasses.replace(world, environment=dataclasses.replace(world.environment, tool_visits=3))
     grown = grow(slow, world.sampler(10, group=5, parking=5, prefill_per_visit=64))
-    assert parked
+    assert parked and lifted
     for a, b in zip(trees, grown, strict=True):
         assert [(x.parent, x.anchor) for x in a.leaves] == [(x.parent, x.anchor) for x in b.leaves]
         for x, y in zip(a.leaves, b.leaves, strict=True):
