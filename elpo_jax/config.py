@@ -238,8 +238,8 @@ class RlConfig:
       updates: Optimizer steps per pass over a batch; each takes `prompts / updates` trees.
       epochs: Passes over a batch; from the second on the clip bounds bind.
       micro_rows: Packed rows per forward pass.
-      row_tokens: Tokens of a packed row; 0 means `sampler.context`. A tree that is longer than a row is cut, and what
-        its parts share is computed once for each.
+      row_tokens: Tokens of a packed row; 0 means twice `sampler.context`. A tree that is longer than a row is cut, and
+        what its parts share is computed once for each, so that rows of the context alone share little.
       share_prefixes: Compute a token that several attempts of a tree share once for all of them, which changes neither
         loss nor gradient; False computes it in every attempt, to compare.
       eval_every: Batches between validations (0: never), each of `eval_tasks` tasks per family, `eval_k` times.
@@ -255,7 +255,7 @@ class RlConfig:
     prompts: int = 32
     updates: int = 4
     epochs: int = 1
-    micro_rows: int = 16
+    micro_rows: int = 8
     row_tokens: int = 0
     share_prefixes: bool = True
     eval_every: int = 0
@@ -265,6 +265,10 @@ class RlConfig:
     dump_private: bool = False
     save_every: int = 10
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-4, warmup_steps=8, b2=0.99, weight_decay=0.0)
+
+    def row_length(self, context: int) -> int:
+        """Tokens of a packed row, where an attempt has at most `context`."""
+        return self.row_tokens or 2 * context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,7 +421,7 @@ class Config:
         if 0 < self.rl.row_tokens < self.sampler.context:
             raise ConfigError(
                 f"rl.row_tokens={self.rl.row_tokens} is less than sampler.context={self.sampler.context}, which an "
-                "attempt can fill: raise it, or set it to 0 for rows of that length"
+                "attempt can fill: raise it, or set it to 0 for rows of twice that length"
             )
         if self.model.param_dtype != "float32":
             raise ConfigError(

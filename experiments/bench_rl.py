@@ -67,8 +67,9 @@ def bench_elpo(settings: Settings) -> Iterator[dict]:
             yield {"bench": "elpo", "case": case, "skipped": "torch or transformers is not installed", "remedy": REMEDY}
             continue
         theirs = Side("transformers generate + torch update", torch_step(config, work, settings.seed))
+        together = work.group // row_parts(sampling_mesh(config))  # a row for every device that computes rows
         for dtype in ("float32", "bfloat16"):
-            ours = Side(f"elpo_jax, {dtype} update", our_step(config, work, dtype, settings.seed, together=8))
+            ours = Side(f"elpo_jax, {dtype} update", our_step(config, work, dtype, settings.seed, together))
             yield compare(settings, "elpo", f"{case}, {dtype}", ours, theirs, unit="steps/s")
 
 
@@ -86,7 +87,8 @@ def our_step(config: ModelConfig, work: Work, dtype: str, seed: int, together: i
     """
     mesh = sampling_mesh(config)
     attempts = work.prompts * work.group
-    shape = SamplerConfig(slots=attempts, parking=0, context=work.prompt + work.new, steps_per_visit=32)
+    group = attempts if work.prompts == 1 else 1  # the branches' prefix is long enough to be read once for all
+    shape = SamplerConfig(slots=attempts, context=work.prompt + work.new, group=group, steps_per_visit=32)
     sampler = Sampler(config, shape, (), seed, mesh)
     trained = dataclasses.replace(config, dtype=dtype)
     optimizer = make_optimizer(OptimizerConfig(lr=1e-6, warmup_steps=0), total_steps=10_000)

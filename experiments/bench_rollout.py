@@ -56,7 +56,7 @@ def _engine(
 ) -> tuple[Callable[[], int], Callable[[], None]]:
     """What samples a turn for each slot, and what loads the parameters before, as once per update."""
     mesh = sampling_mesh(config)
-    shapes = SamplerConfig(slots=batch, parking=0, context=prompt + turn, steps_per_visit=min(turn, STEPS))
+    shapes = SamplerConfig(slots=batch, context=prompt + turn, steps_per_visit=min(turn, STEPS))
     sampler = Sampler(config, shapes, (), settings.seed, mesh)
     params = _placed(config, mesh, settings)
     rng = np.random.default_rng(settings.seed)
@@ -210,7 +210,7 @@ def bench_branch(settings: Settings) -> Iterator[dict]:
     for name, length, suffix in shapes:
         config = settings.models(name)[name]
         steps = min(suffix, STEPS)
-        shapes = SamplerConfig(slots=branches, parking=0, context=length + suffix, steps_per_visit=steps)
+        shapes = SamplerConfig(slots=branches, context=length + suffix, group=branches, steps_per_visit=steps)
         mesh = sampling_mesh(config)
         sampler = Sampler(config, shapes, (), settings.seed, mesh)
         params = _placed(config, mesh, settings)

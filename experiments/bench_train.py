@@ -1,9 +1,9 @@
 """Benches of the update: trees laid out once against their attempts one by one, and the share of the matmul peak.
 
-FLOPs are counted as 6 per parameter and token, without the lookup in the embedding (the output head counts), and 12 per
-visible pair of query and key, layer and unit of the width H * N. So causal attention is counted halved, and of a tree a
-token's ancestors only. What is computed beyond that is not counted: masked parts of blocks, and what a backward pass
-computes again.
+FLOPs are counted as 6 per parameter and token, without the lookup in the embedding and, of the output head, for the
+model's tokens only; and 12 per visible pair of query and key, layer and unit of the width H * N. So causal attention is
+counted halved, and of a tree a token's ancestors only. What is computed beyond that is not counted: masked parts of
+blocks, logits that nobody reads, and what a backward pass computes again.
 """
 
 import dataclasses
@@ -111,10 +111,11 @@ def bench_update(settings: Settings) -> Iterator[dict]:
 
 def flops(config: ModelConfig, batch: Batch) -> float:
     """Operations of a forward and backward pass over a batch [M, B, T], counted as the module says."""
-    tokens = float((batch.positions >= 0).sum())
+    tokens, read = float((batch.positions >= 0).sum()), float((batch.steps > 0).sum())
     pairs = float((batch.positions[batch.positions >= 0] + 1).sum())  # a token sees itself and its ancestors
-    lookup = 0 if config.tied else config.vocab_size * config.d_model
-    return 6 * (count_params(config) - lookup) * tokens + 12 * config.layers * config.heads * config.head_dim * pairs
+    head = config.vocab_size * config.d_model
+    body = count_params(config) - head * (1 if config.tied else 2)
+    return 6 * (body * tokens + head * read) + 12 * config.layers * config.heads * config.head_dim * pairs
 
 
 def _updates(
@@ -156,17 +157,21 @@ def _matmul() -> Callable[[], float]:
 
 
 def _torch(config: ModelConfig, batch: Batch, work: float) -> Callable[[], float]:
-    """The same update of a Qwen3 of the same shape by transformers and torch, in float32 on the CPU."""
+    """The same update of a Qwen3 of the same shape by transformers and torch, in float32 on the CPU.
+
+    Its logits, too, are those of the model's tokens alone, which end all rows.
+    """
     import torch
     import transformers
 
     model = transformers.Qwen3ForCausalLM(qwen3_config(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.tensor(batch.tokens.reshape(-1, batch.tokens.shape[-1]), dtype=torch.long)
+    read = int((batch.steps > 0).sum(axis=-1).max())
 
     def run() -> float:
         optimizer.zero_grad(set_to_none=True)
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=ids[:, -read:], logits_to_keep=read).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return work

@@ -163,7 +163,7 @@ def layer_weights(model: ModelConfig) -> int:
 
 def row_tokens(config: Config) -> int:
     """Tokens of a packed row in RL."""
-    return config.rl.row_tokens or config.sampler.context
+    return config.rl.row_length(config.sampler.context)
 
 
 def attention_steps(tokens: int) -> int:

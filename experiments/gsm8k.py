@@ -51,7 +51,7 @@ def get_config() -> Config:
             rope_theta=1e6,
             qk_norm=True,
         ),
-        sampler=SamplerConfig(slots=64, context=640),
+        sampler=SamplerConfig(slots=64, context=640, group=8),
         rollout=RolloutConfig(max_turn_tokens=128),
         sft=SftConfig(
             mistake_rate=0.0,
@@ -68,7 +68,6 @@ def get_config() -> Config:
             prompts=32,
             updates=4,
             micro_rows=2,
-            row_tokens=1280,
             save_every=2,
             dump_every=3,
             optimizer=OptimizerConfig(lr=2e-4, warmup_steps=4, b2=0.99, weight_decay=0.0),

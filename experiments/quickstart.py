@@ -6,7 +6,7 @@ The demonstrations are sloppy on purpose: half of them slip and repair it by fur
 them is graded without a spare call, and what it has to unlearn is left to reinforcement learning.
 """
 
-from elpo_jax.config import Config, RlConfig, RolloutConfig
+from elpo_jax.config import Config, RolloutConfig
 from elpo_jax.policy.recipes import elpo, grpo
 from elpo_jax.rollout.sampler import SamplerConfig
 
@@ -19,9 +19,6 @@ def get_config() -> Config:
         rollout=RolloutConfig(interpreter_packages=()),
         algo=elpo(dual_clip=3.0),
         against=(grpo(dual_clip=3.0),),
-        # Its sequences are short: what sharing a prompt in the cache and skipping empty columns saves is less than what
-        # merging the parts costs, and each part is compiled in every shape.
-        sampler=SamplerConfig(group=1, block=128),
-        # Rows of twice the context: more of a tree fits into one, and what its attempts share is computed once.
-        rl=RlConfig(row_tokens=512, micro_rows=8),
+        # Its sequences are short: what skipping empty columns saves is less than what merging more blocks costs.
+        sampler=SamplerConfig(block=128),
     )

@@ -21,7 +21,7 @@ MODEL = ModelConfig(
     vocab_size=67, d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=48, qk_norm=True, tied=False
 )
 SHAPES = SamplerConfig(
-    slots=4, context=64, parking=0, block=16, steps_per_visit=3, prefill_buckets=(4, 16), prefill_rows=(2,)
+    slots=4, context=64, group=4, block=16, steps_per_visit=3, prefill_buckets=(4, 16), prefill_rows=(2,)
 )
 STOPS = (5, 6, 7)
 SEED = 3

@@ -235,12 +235,19 @@ def test_the_benches_of_the_update_say_what_a_tree_saves_and_what_the_machine_ca
 
 
 def test_operations_are_counted_by_visible_pairs():
-    """Three tokens and two branches of two: 3 + 2 + 2 tokens, which see 1 + 2 + 3 and twice 4 + 5 keys."""
-    config = dataclasses.replace(TINY, tied=False)
-    positions = np.array([[[0, 1, 2, 3, 4, 3, 4, -1]]], np.int32)
-    batch = types.SimpleNamespace(positions=positions)
-    network = count_params(config) - config.vocab_size * config.d_model
-    assert bench_train.flops(config, batch) == 6 * network * 7 + 12 * config.layers * 2 * 16 * (6 + 2 * 9)
+    """Three tokens and two branches of two: 3 + 2 + 2 tokens, which see 1 + 2 + 3 and twice 4 + 5 keys.
+
+    Five of them are the model's.
+    """
+    for tied in (False, True):
+        config = dataclasses.replace(TINY, tied=tied)
+        positions = np.array([[[0, 1, 2, 3, 4, 3, 4, -1]]], np.int32)
+        steps = np.array([[[0, 0, 1, 2, 2, 2, 2, 0]]], np.int32)
+        batch = types.SimpleNamespace(positions=positions, steps=steps)
+        head = config.vocab_size * config.d_model
+        body = count_params(config) - (1 if tied else 2) * head
+        attention = 12 * config.layers * 2 * 16 * (6 + 2 * 9)
+        assert bench_train.flops(config, batch) == 6 * (7 * body + 5 * head) + attention
 
 
 def test_a_loop_of_others_goes_one_step_at_a_time_and_its_errors_are_ours():

@@ -181,7 +181,7 @@ def test_a_summed_loss_equals_autodiff_of_all_logits(config, chunk, previous):
         return 3 * curved(logp, logp, batch, scalars)[0]
 
     def fused(params, hidden):
-        out = summed_loss(curved, config, params, hidden, tokens, 0.7, batch, scalars, previous, chunk)
+        out = summed_loss(curved, config, params, hidden, tokens, 0.7, batch, scalars, previous, chunk=chunk)
         return 3 * out[0], out[1]
 
     value, wanted = jax.value_and_grad(whole, (0, 1))(params, hidden)
@@ -196,6 +196,43 @@ def test_a_summed_loss_equals_autodiff_of_all_logits(config, chunk, previous):
     without, same = fused(params, hidden)
     close(without, value)
     jax.tree.map(close, same, metrics)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("columns", [(), (2,), (2, 5)], ids=["none", "one", "two"])
+@pytest.mark.parametrize("sequences", [True, False])
+def test_logits_of_tokens_that_nobody_reads_are_not_computed(chunk, columns, sequences):
+    """Nor is what the hidden states hold there: nan in all but the first chunk's changes nothing."""
+    rng = np.random.default_rng(8)
+    params, tokens = parameters(BASE), random_tokens(2, 7)
+    hidden = rng.normal(size=(2, 7, BASE.d_model)).astype(np.float32)
+    read = np.zeros((2, 7), bool)
+    read[0, list(columns)] = True
+    read[1, [3] if columns else []] = True
+    batch = {"old": rng.normal(size=(2, 7)) - 3, "weight": rng.normal(size=(2, 7)) * read}
+    batch = {name: x.astype(np.float32) for name, x in batch.items()}
+    scalars = {"high": np.float32(0.1)}
+    before = np.broadcast_to(np.arange(-1, 6), (2, 7))
+
+    def masked(logp, entropy, batch, scalars):
+        return curved(logp, jnp.where(batch["weight"] == 0, 0.0, entropy), batch, scalars)
+
+    def loss(hidden, params, read):
+        previous = None if sequences else before
+        return summed_loss(masked, BASE, params, hidden, tokens, 0.7, batch, scalars, previous, read, chunk)
+
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (wanted, metrics), slopes = gradient(hidden, params, np.ones_like(read))
+    poisoned = np.full_like(hidden, np.nan)
+    for row, some in enumerate(read):
+        # What predicts a token that is read or column 1, and what is looked up where there is nothing before a token.
+        known = [0, 6, *(np.flatnonzero(some) - 1)]
+        poisoned[row, known] = hidden[row, known]
+    (value, same), found = gradient(poisoned, params, read)
+    close(value, wanted)
+    jax.tree.map(close, same, metrics)
+    jax.tree.map(close_gradient, found, slopes)
+    assert bool(columns) == any(np.any(g) for g in jax.tree.leaves(found))
 
 
 def test_entropy_carries_no_gradient_and_extreme_logits_stay_finite():

@@ -36,7 +36,7 @@ TINY = Config(
         vocab_size=256, d_model=64, layers=6, heads=4, kv_heads=2, head_dim=16, d_ff=128, qkv_bias=True, tied=False
     ),
     sampler=SamplerConfig(
-        slots=16, parking=8, context=128, steps_per_visit=4, prefill_buckets=(64,), prefill_rows=(8,)
+        slots=16, group=8, parking=8, context=128, steps_per_visit=4, prefill_buckets=(64,), prefill_rows=(8,)
     ),
     rl=RlConfig(prompts=8, updates=2, micro_rows=8),
     sft=SftConfig(rows=8, micro_rows=8),

@@ -3,8 +3,6 @@
 Its policy solves a part of the ledger tasks, so that trees have both outcomes and every update changes something.
 """
 
-import dataclasses
-
 from elpo_jax.config import (
     Config,
     EvalConfig,
@@ -34,7 +32,7 @@ def get_config() -> Config:
         ),
         tokenizer=TokenizerConfig(vocab_size=640, texts=200),
         model=ModelConfig(vocab_size=640, d_model=48, layers=2, heads=4, kv_heads=4, head_dim=16, d_ff=64),
-        sampler=dataclasses.replace(SamplerConfig(), slots=16, context=256, group=1),
+        sampler=SamplerConfig(slots=16, context=256),
         rollout=RolloutConfig(max_turn_tokens=64, interpreter_workers=1, interpreter_packages=()),
         reward=Reward(kind="open_agentrl"),
         sft=SftConfig(

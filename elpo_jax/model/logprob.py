@@ -113,17 +113,19 @@ def summed_loss(
     batch: Any,
     scalars: Any,
     previous: jax.Array | None = None,
+    read: jax.Array | None = None,
     chunk: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`fn(logp, entropy, batch, scalars)` of the token log-probabilities, for an `fn` that only sums over tokens.
 
     A chunk of columns then says by itself what its gradient is, which is computed in the forward pass while its logits
-    are at hand: three products with the head instead of the four of `token_logprobs`. Without a gradient it is
-    `fn(*token_logprobs(...), batch, scalars)`.
+    are at hand: three products with the head instead of the four of `token_logprobs`. Tokens that `fn` does not read,
+    such as a prompt's, a tool's and padding, go to the end, and chunks of them alone are skipped. Without a gradient it
+    is `fn(*token_logprobs(...), batch, scalars)`.
 
     Args:
       fn: (logp, entropy, batch, scalars) -> (loss, metrics), a function without free variables that are traced. The
-        loss is a sum over tokens; so are the metrics, but those whose name ends in "_max", which are maxima.
+        loss is a sum over tokens; so are the metrics, but those whose name ends in "_max": maxima, at least 0.
       config: As for `token_logprobs`, like all that is not named here.
       params: The gradient is for the head, and through `hidden` for the rest.
       hidden: [B, T, D].
@@ -132,35 +134,59 @@ def summed_loss(
       batch: Pytree of arrays [B, T, ...], cut into the same chunks. No gradient flows to it.
       scalars: Pytree of what `fn` needs whole. No gradient flows to it.
       previous: int32 [B, T] or None.
+      read: bool [B, T], tokens that add anything to the sums and maxima; None for all.
       chunk: Columns.
 
     Returns:
       The loss, float32 [], and the metrics.
     """
+    needed = jnp.int32(tokens.shape[1])
+    if read is not None:
+        if previous is None:
+            previous = jnp.broadcast_to(jnp.arange(-1, tokens.shape[1] - 1), tokens.shape)
+        order = jnp.argsort(~read, axis=1)  # stable
+        tokens, previous, batch = jax.tree.map(lambda x: _reorder(x, order), (tokens, previous, batch))
+        needed = read.sum(axis=1).max()
     columns = _aligned(hidden, tokens, previous)
     chunk = chunk or chunk_columns(*tokens.shape)
-    return _summed(fn, config, chunk, _head(config, params), columns, temperature, batch, scalars)
+    return _summed(fn, config, chunk, _head(config, params), columns, needed, temperature, batch, scalars)
+
+
+def _reorder(x: jax.Array, order: jax.Array) -> jax.Array:
+    """The columns of x [B, T, ...] in the order int32 [B, T]."""
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _summed(fn, config, chunk, head, columns, temperature, batch, scalars):
+def _summed(fn, config, chunk, head, columns, needed, temperature, batch, scalars):
+    """Of the first `needed` columns, int32 []; the others add nothing."""
     _, out = jax.lax.scan(
         lambda _, part: (None, _logprobs(config, head, part, temperature)), None, _split(columns, chunk)
     )
     return fn(*_join(out, columns.tokens.shape[1]), batch, scalars)
 
 
-def _summed_forward(fn, config, chunk, head, columns, temperature, batch, scalars):
+def _summed_forward(fn, config, chunk, head, columns, needed, temperature, batch, scalars):
     def loss(head, hidden, part, batch):
         return fn(*_logprobs(config, head, part._replace(hidden=hidden), temperature), batch, scalars)
 
     def step(total, xs):
-        part, batch = xs
-        out, (of_head, of_hidden) = jax.value_and_grad(loss, (0, 1), has_aux=True)(head, part.hidden, part, batch)
-        return jax.tree.map(jnp.add, total, of_head), (out, of_hidden)
+        start, part, batch = xs
 
-    start = jax.tree.map(jnp.zeros_like, head)
-    of_head, ((losses, metrics), of_hidden) = jax.lax.scan(step, start, _split((columns, batch), chunk))
+        def compute():
+            out, (of_head, of_hidden) = jax.value_and_grad(loss, (0, 1), has_aux=True)(head, part.hidden, part, batch)
+            return jax.tree.map(jnp.add, total, of_head), (out, of_hidden)
+
+        def skip():
+            _, rest = jax.eval_shape(compute)
+            return total, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), rest)
+
+        return jax.lax.cond(start < needed, compute, skip)
+
+    parts, examples = _split((columns, batch), chunk)
+    starts = chunk * jnp.arange(len(parts.tokens))
+    zeros = jax.tree.map(jnp.zeros_like, head)
+    of_head, ((losses, metrics), of_hidden) = jax.lax.scan(step, zeros, (starts, parts, examples))
     metrics = {name: x.max(axis=0) if name.endswith("_max") else x.sum(axis=0) for name, x in metrics.items()}
     return (losses.sum(), metrics), (of_head, _join(of_hidden, columns.tokens.shape[1]))
 
@@ -168,7 +194,7 @@ def _summed_forward(fn, config, chunk, head, columns, temperature, batch, scalar
 def _summed_backward(fn, config, chunk, kept, slopes):
     slope, _ = slopes
     of_head, of_hidden = jax.tree.map(lambda x: (slope * x).astype(x.dtype), kept)
-    return of_head, _Columns(of_hidden, None, None), None, None, None
+    return of_head, _Columns(of_hidden, None, None), None, None, None, None
 
 
 _summed.defvjp(_summed_forward, _summed_backward)

@@ -137,6 +137,7 @@ def make_loss(config: ModelConfig) -> LossFn:
 def summed(
     fn: SummedLoss, config: ModelConfig, params: Params, batch: Batch, temperature: jax.Array | float, scalars: Scalars
 ) -> tuple[jax.Array, Metrics]:
-    """`fn(logp, entropy, batch, scalars)`, a sum over tokens, of the policy's log-probabilities of a batch."""
+    """`fn(logp, entropy, batch, scalars)`, a sum over the model's tokens, of the log-probabilities of a batch."""
     hidden, _ = apply(config, params, batch.tokens, batch.positions, ends=batch.ends)
-    return summed_loss(fn, config, params, hidden, batch.tokens, temperature, batch, scalars, batch.previous)
+    model = batch.steps > 0
+    return summed_loss(fn, config, params, hidden, batch.tokens, temperature, batch, scalars, batch.previous, model)

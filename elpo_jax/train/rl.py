@@ -156,7 +156,7 @@ def update(
         groups = [policy_examples(t, c) for t, c in zip(trees[mine], credits[mine], strict=True)]
         examples = normalise([e for group in groups for e in group], recipe, constant=learner.sampler.context)
         examples = drop_flat(examples, recipe.kl)
-        rows = pack(examples, config.row_tokens or learner.sampler.context, config.share_prefixes)
+        rows = pack(examples, config.row_length(learner.sampler.context), config.share_prefixes)
         batch = stack(rows, config.micro_rows)
         if learner.reference_logp is not None and recipe.kl > 0:
             batch = batch.replace(reference_logp=learner.reference_logp(batch))

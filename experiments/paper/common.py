@@ -70,6 +70,7 @@ def paper_config(name: str, model: ModelConfig, weights: str, recipe: Recipe) ->
         sampler=SamplerConfig(
             context=CONTEXT,  # paper: at most 20K tokens
             slots=64,  # our choice, by memory
+            group=8,  # our choice: half of the attempts of a task, whose prompt is long
             parking=0,  # our choice: a parked row takes as much memory as a slot
             block=128,  # our choice: what an accelerator reads at once
             steps_per_visit=16,  # our choice: long turns seldom end within 16 tokens
@@ -109,7 +110,8 @@ def paper_config(name: str, model: ModelConfig, weights: str, recipe: Recipe) ->
             prompts=batch,
             updates=batch // minibatch,
             epochs=1,  # our choice: verl's ppo_epochs
-            micro_rows=8,  # our choice: one row of 20,480 tokens on each of 8 devices, and as much of a tree as fits
+            micro_rows=8,  # our choice, by memory: one row on each of 8 devices
+            row_tokens=CONTEXT,  # our choice, by memory: a row holds as much of a tree as of the longest attempt
             eval_every=0,  # our choice
             dump_every=30,  # our choice
             save_every=30,  # our choice: Open-AgentRL
