@@ -38,7 +38,7 @@ TINY = Config(
     sampler=SamplerConfig(
         slots=16, group=8, parking=8, context=128, steps_per_visit=4, prefill_buckets=(64,), prefill_rows=(8,)
     ),
-    rl=RlConfig(prompts=8, updates=2, micro_rows=8),
+    rl=RlConfig(prompts=8, updates=2, micro_rows=8, row_tokens=128),
     sft=SftConfig(rows=8, micro_rows=8),
 )
 
@@ -151,7 +151,9 @@ def test_operations_are_those_of_a_count_by_hand(one):
 def test_working_memory_by_hand_is_near_what_the_compiler_takes(remat):
     """In float32, which CPUs keep, and where attention scores rule, as they do at a length worth planning for."""
     config = dataclasses.replace(
-        plan.of_depth(TINY, 2), sampler=dataclasses.replace(TINY.sampler, context=1024, prefill_buckets=(256,))
+        plan.of_depth(TINY, 2),
+        sampler=dataclasses.replace(TINY.sampler, context=1024, prefill_buckets=(256,)),
+        rl=dataclasses.replace(TINY.rl, row_tokens=1024),
     )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
