@@ -239,7 +239,7 @@ class RlConfig:
       epochs: Passes over a batch; from the second on the clip bounds bind.
       micro_rows: Packed rows per forward pass.
       row_tokens: Tokens of a packed row; 0 means twice `sampler.context`. A tree that is longer than a row is cut, and
-        what its parts share is computed once for each, so that rows of the context alone share little.
+        what its parts share is computed once for each, so rows that are no longer than the context share little.
       share_prefixes: Compute a token that several attempts of a tree share once for all of them, which changes neither
         loss nor gradient; False computes it in every attempt, to compare.
       eval_every: Batches between validations (0: never), each of `eval_tasks` tasks per family, `eval_k` times.

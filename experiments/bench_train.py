@@ -167,11 +167,11 @@ def _torch(config: ModelConfig, batch: Batch, work: float) -> Callable[[], float
     model = transformers.Qwen3ForCausalLM(qwen3_config(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.tensor(batch.tokens.reshape(-1, batch.tokens.shape[-1]), dtype=torch.long)
-    read = int((batch.steps > 0).sum(axis=-1).max())
+    kept = int((batch.steps > 0).sum(axis=-1).max()) + 1  # the logits after a token predict the next one
 
     def run() -> float:
         optimizer.zero_grad(set_to_none=True)
-        model(input_ids=ids, labels=ids[:, -read:], logits_to_keep=read).loss.backward()
+        model(input_ids=ids, labels=ids[:, -kept:], logits_to_keep=kept).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return work

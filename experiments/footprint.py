@@ -2,8 +2,8 @@
 
 What lies on a device permanently (parameters, moments, the sampler's parameters and its cache) is exact, by the
 placement tables that the run uses. Working memory and memory traffic are estimates of what XLA makes of the model as it
-is written. Tokens that attempts share are counted in each of them, and attention meets every block of its triangle, so
-of batches of trees these are upper bounds. Letters as in policy/batch.py.
+is written. Tokens that attempts share are counted in each of them, attention meets every block of its triangle and the
+head every token, so of batches of trees these are upper bounds. Letters as in policy/batch.py.
 """
 
 import dataclasses
@@ -152,18 +152,13 @@ def resident(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
 
 def micro_batches(config: Config, volume: Volume) -> int:
     """Micro-batches of an optimizer step; rows are taken to be full, and the run rounds up (policy/batch.py, stack)."""
-    rows = volume.attempts / config.rl.updates * volume.tokens / row_tokens(config)
+    rows = volume.attempts / config.rl.updates * volume.tokens / config.rl.row_length(config.sampler.context)
     return max(1, math.ceil(rows / config.rl.micro_rows))
 
 
 def layer_weights(model: ModelConfig) -> int:
     """Entries of the matrices of one layer."""
     return 2 * model.d_model * (model.heads + model.kv_heads) * model.head_dim + 3 * model.d_model * model.d_ff
-
-
-def row_tokens(config: Config) -> int:
-    """Tokens of a packed row in RL."""
-    return config.rl.row_length(config.sampler.context)
 
 
 def attention_steps(tokens: int) -> int:
@@ -174,7 +169,7 @@ def attention_steps(tokens: int) -> int:
 
 def update(config: Config, mesh: Mesh | AbstractMesh, micro: int) -> Phase:
     """One optimizer step of `micro` micro-batches."""
-    model, tokens = config.model, row_tokens(config)
+    model, tokens = config.model, config.rl.row_length(config.sampler.context)
     split = _split(model, mesh)
     rows = -(-config.rl.micro_rows // row_parts(mesh))
     weights, element, block = layer_weights(model), jnp.dtype(model.dtype).itemsize, tree_attention.block_length(tokens)

@@ -82,7 +82,7 @@ def compile_phase(phase: str, config: Config, mesh: Mesh, micro: int) -> Program
             compiler_options=OPTIONS
         )
     # How many blocks attention meets in training depends on the trees; all on and below the diagonal are counted.
-    steps = footprint.attention_steps(footprint.row_tokens(config)) if phase == "update" else None
+    steps = footprint.attention_steps(config.rl.row_length(config.sampler.context)) if phase == "update" else None
     work, memory = work_of(compiled.as_text(), steps), compiled.memory_analysis()
     return Program(
         flops=work.flops,
@@ -97,7 +97,7 @@ def compile_phase(phase: str, config: Config, mesh: Mesh, micro: int) -> Program
 
 def _update(config: Config, mesh: Mesh, micro: int):
     state = footprint.abstract_state(config, mesh)
-    shape = (micro, config.rl.micro_rows, footprint.row_tokens(config))
+    shape = (micro, config.rl.micro_rows, config.rl.row_length(config.sampler.context))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=batch_sharding(mesh)), empty(1, 1))
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     scalars = dict.fromkeys([*config.algo.scalars(), "temperature"], scalar)

@@ -18,8 +18,9 @@ from numpy_loss import loss_and_gradient, random_examples, weighted_loss
 from test_golden import figure_tree
 
 from elpo_jax.model.config import ModelConfig
-from elpo_jax.model.logprob import chunk_columns, token_logprobs
+from elpo_jax.model.logprob import chunk_columns, summed_loss, token_logprobs
 from elpo_jax.model.transformer import apply, init
+from elpo_jax.policy import loss as policy_losses
 from elpo_jax.policy.batch import Batch, Example, drop_flat, normalise, pack, policy_examples, stack
 from elpo_jax.policy.credit import assign
 from elpo_jax.policy.loss import error_localized, make_logprobs, make_loss, policy_loss
@@ -526,6 +527,21 @@ def test_targets_of_environment_tokens_do_not_reach_the_parameters():
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     wrong = gradients(np.where(batch.steps > 0, (batch.tokens + 1) % TINY.vocab_size, batch.tokens))
     assert wrong[0] != ours[0]  # a model token's target does matter
+
+
+def test_the_loss_names_the_tokens_that_it_reads(monkeypatch):
+    """So that nobody computes the logits of the others."""
+    examples, params = policy_batch(4, elpo())
+    batch, read = pack(examples, LENGTH), []
+
+    def noting(*args):
+        read.append(args[-1])
+        return summed_loss(*args)
+
+    monkeypatch.setattr(policy_losses, "summed_loss", noting)
+    make_loss(TINY)(params, batch, scalars_of(elpo()))
+    np.testing.assert_array_equal(read, [batch.steps > 0])
+    assert 0.1 < np.mean(read) < 0.9
 
 
 def test_temperature_divides_the_logits_of_the_ratio_but_not_of_the_entropy():

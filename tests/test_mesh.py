@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from elpo_jax.model.cache import new_cache
 from elpo_jax.model.config import ROWS, ModelConfig
-from elpo_jax.model.logprob import token_logprobs
+from elpo_jax.model.logprob import summed_loss
 from elpo_jax.model.transformer import apply
 from elpo_jax.train.checkpoint import Checkpoints
 from elpo_jax.train.mesh import AXES, MeshConfig, make_mesh, replicated, shardings
@@ -46,10 +46,14 @@ MESHES = {"1": (1, 1, 1), "8,1,1": (-1, 1, 1), "2,2,2": (2, 2, 2), "1,8,1": (1, 
 
 
 def random_batch():
-    """Two micro-batches of eight packed rows."""
+    """Two micro-batches of eight packed rows, of which the loss reads 0 to 15 tokens each, and in a half none."""
     rng = np.random.default_rng(0)
     shape = (2, 8, 16)
+    positions = np.tile(np.arange(8), 2)
+    read = (np.arange(16) < rng.integers(2, 17, (2, 8, 1))) & (positions > 0)
+    read[1, 4:] = False
     return {
+        "read": read,
         "tokens": rng.integers(0, CONFIG.vocab_size, shape).astype(np.int32),
         "positions": np.broadcast_to(np.tile(np.arange(8, dtype=np.int32), 2), shape),
         "ends": np.broadcast_to(np.repeat(np.array([8, 16], np.int32), 8), shape),
@@ -59,9 +63,13 @@ def random_batch():
 
 def loss_fn(params, batch, scalars):
     hidden, _ = apply(CONFIG, params, batch["tokens"], batch["positions"], ends=batch["ends"])
-    logp, entropy = token_logprobs(CONFIG, params, hidden, batch["tokens"], scalars["temperature"], chunk=8)
-    loss = -jnp.sum(jnp.where(batch["positions"] > 0, batch["weight"] * logp, 0.0))
-    return loss, {"entropy": entropy.sum(), "logp_max": logp.max()}
+    rest = batch["tokens"], scalars["temperature"], batch, scalars
+    return summed_loss(weighted, CONFIG, params, hidden, *rest, read=batch["read"], chunk=4)
+
+
+def weighted(logp, entropy, batch, scalars):
+    logp, entropy = (jnp.where(batch["read"], x, 0.0) for x in (logp, entropy))
+    return -jnp.sum(batch["weight"] * logp), {"entropy": entropy.sum(), "surprise_max": -logp.min()}
 
 
 def flat(tree) -> dict[str, np.ndarray]:

@@ -200,9 +200,9 @@ def test_a_summed_loss_equals_autodiff_of_all_logits(config, chunk, previous):
 
 @pytest.mark.parametrize("chunk", [1, 3])
 @pytest.mark.parametrize("columns", [(), (2,), (2, 5)], ids=["none", "one", "two"])
-@pytest.mark.parametrize("sequences", [True, False])
-def test_logits_of_tokens_that_nobody_reads_are_not_computed(chunk, columns, sequences):
-    """Nor is what the hidden states hold there: nan in all but the first chunk's changes nothing."""
+@pytest.mark.parametrize("previous", [None, tree_columns()], ids=["sequences", "tree"])
+def test_logits_of_tokens_that_nobody_reads_are_not_computed(chunk, columns, previous):
+    """Hidden states that only skipped chunks would read may be nan."""
     rng = np.random.default_rng(8)
     params, tokens = parameters(BASE), random_tokens(2, 7)
     hidden = rng.normal(size=(2, 7, BASE.d_model)).astype(np.float32)
@@ -212,21 +212,21 @@ def test_logits_of_tokens_that_nobody_reads_are_not_computed(chunk, columns, seq
     batch = {"old": rng.normal(size=(2, 7)) - 3, "weight": rng.normal(size=(2, 7)) * read}
     batch = {name: x.astype(np.float32) for name, x in batch.items()}
     scalars = {"high": np.float32(0.1)}
-    before = np.broadcast_to(np.arange(-1, 6), (2, 7))
+    before = np.broadcast_to(np.arange(-1, 6), (2, 7)) if previous is None else previous
 
     def masked(logp, entropy, batch, scalars):
         return curved(logp, jnp.where(batch["weight"] == 0, 0.0, entropy), batch, scalars)
 
     def loss(hidden, params, read):
-        previous = None if sequences else before
         return summed_loss(masked, BASE, params, hidden, tokens, 0.7, batch, scalars, previous, read, chunk)
 
     gradient = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     (wanted, metrics), slopes = gradient(hidden, params, np.ones_like(read))
     poisoned = np.full_like(hidden, np.nan)
     for row, some in enumerate(read):
-        # What predicts a token that is read or column 1, and what is looked up where there is nothing before a token.
-        known = [0, 6, *(np.flatnonzero(some) - 1)]
+        # What predicts the tokens that are read, and the first others, which fill the chunks up; -1 is column 6.
+        filled = np.argsort(~some, kind="stable")[: chunk * -(-len(columns) // chunk)]
+        known = before[row, [*filled, *np.flatnonzero(some)]]
         poisoned[row, known] = hidden[row, known]
     (value, same), found = gradient(poisoned, params, read)
     close(value, wanted)

@@ -120,8 +120,8 @@ def summed_loss(
 
     A chunk of columns then says by itself what its gradient is, which is computed in the forward pass while its logits
     are at hand: three products with the head instead of the four of `token_logprobs`. Tokens that `fn` does not read,
-    such as a prompt's, a tool's and padding, go to the end, and chunks of them alone are skipped. Without a gradient it
-    is `fn(*token_logprobs(...), batch, scalars)`.
+    such as a prompt's, a tool's and padding, go to the end of their row, and chunks that hold none but these in all
+    rows of a device are skipped. Without a gradient it is `fn(*token_logprobs(...), batch, scalars)`.
 
     Args:
       fn: (logp, entropy, batch, scalars) -> (loss, metrics), a function without free variables that are traced. The
@@ -131,10 +131,12 @@ def summed_loss(
       hidden: [B, T, D].
       tokens: int32 [B, T].
       temperature: No gradient flows to it.
-      batch: Pytree of arrays [B, T, ...], cut into the same chunks. No gradient flows to it.
+      batch: Pytree of arrays [B, T, ...], cut into the same chunks. No gradient flows to it. With `read`, its columns
+        come to `fn` in another order, and numbers of columns in it mean nothing any more.
       scalars: Pytree of what `fn` needs whole. No gradient flows to it.
       previous: int32 [B, T] or None.
-      read: bool [B, T], tokens that add anything to the sums and maxima; None for all.
+      read: bool [B, T], tokens that add anything to the sums and maxima; None for all. `fn` may be given others too,
+        and has to leave them out.
       chunk: Columns.
 
     Returns:
@@ -159,7 +161,7 @@ def _reorder(x: jax.Array, order: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _summed(fn, config, chunk, head, columns, needed, temperature, batch, scalars):
-    """Of the first `needed` columns, int32 []; the others add nothing."""
+    """Columns from `needed`, int32 [], on add nothing, and where there is a gradient their chunks are skipped."""
     _, out = jax.lax.scan(
         lambda _, part: (None, _logprobs(config, head, part, temperature)), None, _split(columns, chunk)
     )

@@ -111,7 +111,7 @@ def paper_config(name: str, model: ModelConfig, weights: str, recipe: Recipe) ->
             updates=batch // minibatch,
             epochs=1,  # our choice: verl's ppo_epochs
             micro_rows=8,  # our choice, by memory: one row on each of 8 devices
-            row_tokens=CONTEXT,  # our choice, by memory: a row holds as much of a tree as of the longest attempt
+            row_tokens=CONTEXT,  # our choice, by memory: a row is as long as the longest attempt may be
             eval_every=0,  # our choice
             dump_every=30,  # our choice
             save_every=30,  # our choice: Open-AgentRL
