@@ -51,7 +51,7 @@ def get_config() -> Config:
             rope_theta=1e6,
             qk_norm=True,
         ),
-        sampler=SamplerConfig(slots=64, context=640, group=8),
+        sampler=SamplerConfig(slots=64, context=640, group=8),  # trunks as in the results that are committed
         rollout=RolloutConfig(max_turn_tokens=128),
         sft=SftConfig(
             mistake_rate=0.0,

@@ -207,6 +207,7 @@ def test_differences_name_the_key_and_both_values():
 
 
 def test_rows_hold_at_least_the_longest_attempt():
-    override(Config(), ["rl.row_tokens=4096"]).check()
+    assert override(Config(), ["rl.row_tokens=4096"]).check().rl.row_length(256) == 4096
+    assert Config().rl.row_length(256) == 512, "room for more of a tree than one attempt"
     with pytest.raises(ConfigError, match=r"rl.row_tokens=100 is less than sampler.context=\d+"):
         override(Config(), ["rl.row_tokens=100"]).check()

@@ -46,16 +46,16 @@ MESHES = {"1": (1, 1, 1), "8,1,1": (-1, 1, 1), "2,2,2": (2, 2, 2), "1,8,1": (1, 
 
 
 def random_batch():
-    """Two micro-batches of eight packed rows, of which the loss reads 0 to 15 tokens each, and in a half none."""
+    """Two micro-batches of eight packed rows, of which the loss reads 1 to 14 tokens each, and in a half none."""
     rng = np.random.default_rng(0)
     shape = (2, 8, 16)
-    positions = np.tile(np.arange(8), 2)
+    positions = np.tile(np.arange(8, dtype=np.int32), 2)
     read = (np.arange(16) < rng.integers(2, 17, (2, 8, 1))) & (positions > 0)
     read[1, 4:] = False
     return {
         "read": read,
         "tokens": rng.integers(0, CONFIG.vocab_size, shape).astype(np.int32),
-        "positions": np.broadcast_to(np.tile(np.arange(8, dtype=np.int32), 2), shape),
+        "positions": np.broadcast_to(positions, shape),
         "ends": np.broadcast_to(np.repeat(np.array([8, 16], np.int32), 8), shape),
         "weight": rng.normal(size=shape).astype(np.float32) / 16,
     }

@@ -120,8 +120,8 @@ def summed_loss(
 
     A chunk of columns then says by itself what its gradient is, which is computed in the forward pass while its logits
     are at hand: three products with the head instead of the four of `token_logprobs`. Tokens that `fn` does not read,
-    such as a prompt's, a tool's and padding, go to the end of their row, and chunks that hold none but these in all
-    rows of a device are skipped. Without a gradient it is `fn(*token_logprobs(...), batch, scalars)`.
+    such as a prompt's, a tool's and padding, go to the end of their row, and chunks that hold none but these in all B
+    rows are skipped. Without a gradient it is `fn(*token_logprobs(...), batch, scalars)`.
 
     Args:
       fn: (logp, entropy, batch, scalars) -> (loss, metrics), a function without free variables that are traced. The
