@@ -35,8 +35,8 @@ class SamplerConfig:
       context: Most tokens of a prefix and its turn together.
       group: Slots that share a trunk, in which a prefix that they have in common is kept and read once for all (also
         known as shared-prefix or cascade attention). On CPUs it does not pay for prefixes of up to 256 tokens; 1, the
-        default, for none, which compiles in two thirds of the time. Where it does not divide the slots of a device, the largest
-        common divisor is taken.
+        default, for none, which compiles in two thirds of the time. Where it does not divide the slots of a device, the
+        largest common divisor is taken.
       parking: P, further rows, split like the slots, to which attempts whose tools are running are copied while others
         use their slots (preemption by swapping, where the swap space is on the device). It pays where tools take
         several visits to answer; 0, the default, for none, so that these attempts keep their slots.
