@@ -1,6 +1,9 @@
 """One tiny run, made once as a user would make it, that several tests look at; and the order of the files.
 
 With pytest-xdist (`-n`) the tests of a file share a process, and all processes share the tiny run.
+
+Most of the tests' time is XLA's. So programs of the tests are compiled without LLVM's optimisations, which take longer
+than what they save, unless JAX_DISABLE_MOST_OPTIMIZATIONS=false; the runs of `start` are compiled as a user's.
 """
 
 import fcntl
@@ -11,6 +14,9 @@ import subprocess
 import sys
 
 import pytest
+
+OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # before JAX is imported; processes inherit it
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "tests/tiny.py"
@@ -48,7 +54,7 @@ def start(compile_cache):
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+            env=os.environ | OPTIMISED | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -13,7 +13,7 @@ import types
 import jax
 import pytest
 import tiny
-from conftest import ROOT
+from conftest import OPTIMISED, ROOT, TINY
 
 from elpo_jax.config import RolloutConfig
 from elpo_jax.report.log import read_metrics
@@ -119,30 +119,25 @@ def test_a_run_without_isolation_is_marked_in_every_row_and_at_the_head_of_its_r
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing(tiny_run, start, compile_cache, tmp_path):
-    """Three runs, killed at random moments of their starts and of each of their stages."""
+    """A run that is killed at random moments of its starts and of each of its stages."""
     cache = tmp_path / "cache"  # of its own: a kill can tear an entry, and other tests look at what is said on stderr
     shutil.copytree(compile_cache, cache)
-    expected = numbers(tiny_run)
     rng = random.Random(0)
-    stages = ("", "sft", "elpo", "grpo")
-    plan = [*stages, *stages, "sft", "elpo"]
-    landed = []
-    for i in range(0, len(plan), len(stages)):
-        workdir = tmp_path / f"run{i}"
-        for stage in plan[i : i + len(stages)]:
-            process = start(workdir, *(["--resume"] if (workdir / "config.json").exists() else []), cache=cache)
-            log = workdir / stage / "metrics.jsonl"
-            before = log.stat().st_mtime_ns if log.exists() else 0
-            # A stage begins by opening its log, which an earlier one may have left.
-            while stage and process.poll() is None and not (log.exists() and log.stat().st_mtime_ns > before):
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0.0, 2.0 if stage else 5.0))
-            landed.append(stage if process.poll() is None else "too late")
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-        code, output, errors = finish(start(workdir, "--resume", cache=cache))
-        assert code == 0, output + errors
-        assert numbers(workdir) == expected
+    workdir, landed = tmp_path / "run", []
+    for stage in ("", "sft", "sft", "sft", "", "elpo", "elpo", "elpo", "grpo", "grpo"):
+        process = start(workdir, *(["--resume"] if (workdir / "config.json").exists() else []), cache=cache)
+        log = workdir / stage / "metrics.jsonl"
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        # A stage begins by opening its log, which an earlier one may have left.
+        while stage and process.poll() is None and not (log.exists() and log.stat().st_mtime_ns > before):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 4.0 if stage else 5.0))
+        landed.append(stage if process.poll() is None else "too late")
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    code, output, errors = finish(start(workdir, "--resume", cache=cache))
+    assert code == 0, output + errors
+    assert numbers(workdir) == numbers(tiny_run)
     assert {"", "sft", "elpo"} <= set(landed), landed  # a fast machine may end the last stage before it is killed
 
 
@@ -287,7 +282,7 @@ def test_what_stops_a_run_is_one_sentence(monkeypatch, capsys, tmp_path, error, 
 
     monkeypatch.setattr(run, "run", stop)
     monkeypatch.setattr(jax.config, "update", lambda *setting: None)
-    assert run.main([str(ROOT / "tests/tiny.py"), "--workdir", str(tmp_path / "run")]) == code
+    assert run.main([str(ROOT / TINY), "--workdir", str(tmp_path / "run")]) == code
     assert capsys.readouterr().err.strip().endswith(message)
 
 
@@ -298,7 +293,6 @@ def test_what_stops_a_run_is_one_sentence(monkeypatch, capsys, tmp_path, error, 
         (["--set", "rl.steps=many"], "is not an int"),
         (["--set", "sampler.context=40"], "raise sampler.context"),
         (["--set", "mesh.data=64"], "device"),
-        (["--set", "cpu_devices=4"], "micro_rows=2 cannot be split"),
         (["--resume"], "holds no run to resume"),
         (["--set", "tasks.families=chess"], "unknown family 'chess'"),
         (["--set", "tasks.ledger.difficulties="], "the dataset is empty"),
@@ -306,15 +300,23 @@ def test_what_stops_a_run_is_one_sentence(monkeypatch, capsys, tmp_path, error, 
         (["--set", "model.vocab_size=300"], "model.vocab_size"),
     ],
 )
-def test_bad_input_is_one_sentence_and_an_exit_code(start, tmp_path, more, message):
-    code, output, errors = finish(start(tmp_path / "run", *more))
-    assert code == 2, output + errors
+def test_bad_input_is_one_sentence_and_an_exit_code(monkeypatch, capsys, tmp_path, more, message):
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    assert run.main([str(ROOT / TINY), "--workdir", str(tmp_path / "run"), *more]) == 2
+    errors = capsys.readouterr().err
     assert errors.startswith("error: ") and message in errors, errors
+
+
+def test_rows_that_devices_cannot_share_are_one_sentence_and_the_exit_code_of_the_process(start, tmp_path):
+    code, output, errors = finish(start(tmp_path / "run", "--set", "cpu_devices=4"))
+    assert code == 2, output + errors
+    assert errors.startswith("error: ") and "micro_rows=2 cannot be split" in errors, errors
     assert "Traceback" not in errors
 
 
 def test_a_command_that_was_corrected_runs_in_the_same_folder(start, tmp_path):
-    small = [f"--set={part}" for part in ("against=()", "sft.steps=6", "rl.steps=1", "eval.tasks=1", "eval.k=1")]
+    few = ("against=()", "tasks.ledger.demonstrations=40", "sft.steps=6", "rl.steps=1", "eval.tasks=1", "eval.k=1")
+    small = [f"--set={part}" for part in few]
     for bad in ("sampler.context=40", "tasks.ledger.noise=1"):
         code, _, errors = finish(start(tmp_path / "run", *small, "--set", bad))
         assert code == 2 and errors.startswith("error: "), errors
@@ -346,7 +348,7 @@ def test_every_config_field_is_read(tmp_path, compile_cache):
     done = subprocess.run(
         [sys.executable, "tests/record_knobs.py", str(tmp_path / "run")],
         cwd=ROOT,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": compile_cache, "PYTHONPATH": str(ROOT)},
+        env=os.environ | OPTIMISED | {"JAX_COMPILATION_CACHE_DIR": compile_cache, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

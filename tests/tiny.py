@@ -32,7 +32,7 @@ def get_config() -> Config:
         ),
         tokenizer=TokenizerConfig(vocab_size=640, texts=200),
         model=ModelConfig(vocab_size=640, d_model=48, layers=2, heads=4, kv_heads=4, head_dim=16, d_ff=64),
-        sampler=SamplerConfig(slots=16, context=256),
+        sampler=SamplerConfig(slots=16, context=256, prefill_buckets=(32,), prefill_rows=(16,)),  # one shape to compile
         rollout=RolloutConfig(max_turn_tokens=64, interpreter_workers=1, interpreter_packages=()),
         reward=Reward(kind="open_agentrl"),
         sft=SftConfig(
