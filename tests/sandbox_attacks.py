@@ -1578,6 +1578,7 @@ STATE = [
     Attack(
         "folders_that_cannot_be_listed",
         "os.makedirs('a'); open('a/f', 'w').close(); os.mkdir('b', 0o300); open('b/f', 'w').close(); os.mkdir('b/c', 0)\nos.mkdir('d', 0)\nprint('refused')",
+        OK | ERROR,  # a folder that nobody can count may end it, where it is counted by looking, and in time
         after="import os\nprint(os.listdir('.'))",
     ),
     Attack(
