@@ -1,4 +1,4 @@
-"""The main job: a small policy learns to reason with real tools, on two CPU cores, in five to ten minutes.
+"""The main job: a small policy learns to reason with real tools, on two CPU cores, in five to twelve minutes.
 
 COMMAND:  bash experiments/quickstart.sh [WORKDIR]
 
