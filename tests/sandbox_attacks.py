@@ -1061,6 +1061,19 @@ print("refused") if libc.mprotect(address, 4096, 3) else escaped("mprotect")
         limits={"cpu_s": 4.0},
     ),
     Attack(
+        "too_many_files_in_a_folder_that_cannot_be_listed",
+        """
+        os.mkdir("b", 0o300)
+        def make():
+            for index in range(200_000):
+                os.close(os.open(f"b/{index}", os.O_CREAT | os.O_WRONLY))
+        refused("files", make)
+        """,
+        OK | ERROR | MEMORY | OUTPUT_LIMIT,
+        limits={"cpu_s": 4.0},
+        after="import os\nprint(os.listdir('.'))",
+    ),
+    Attack(
         "too_many_folders",
         """
         def make():
@@ -1578,7 +1591,12 @@ STATE = [
     Attack(
         "folders_that_cannot_be_listed",
         "os.makedirs('a'); open('a/f', 'w').close(); os.mkdir('b', 0o300); open('b/f', 'w').close(); os.mkdir('b/c', 0)\nos.mkdir('d', 0)\nprint('refused')",
-        OK | ERROR,  # a folder that nobody can count may end it, where it is counted by looking, and in time
+        after="import os\nprint(os.listdir('.'))",
+    ),
+    Attack(
+        "folders_that_cannot_be_listed_and_are_looked_at",
+        "os.mkdir('b', 0o300); open('b/f', 'w').close(); os.mkdir('b/c', 0)\nos.mkdir('d', 0)\ntime.sleep(0.3)\nprint('refused', oct(os.stat('b').st_mode)[-3:])",
+        says="refused 300",
         after="import os\nprint(os.listdir('.'))",
     ),
     Attack(

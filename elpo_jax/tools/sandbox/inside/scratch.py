@@ -17,7 +17,8 @@ _FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def usage(folder: str, most: int) -> tuple[float, int]:
     """Bytes and number of the files below a folder, however deep; stops counting above `most` files.
 
-    What cannot be counted is infinite: folders that are closed, moved under our feet, or so many that wait at once.
+    Folders that may not be listed are counted as well: else a program's end would depend on whether somebody looked.
+    What cannot be counted is infinite: what may not be entered, is moved under our feet, or waits in too many folders.
     """
     size, count, gone = 0, 0, 0
     waiting: list[tuple[int, list[str]]] = []  # open folders, and the subfolders of each that are not counted yet
@@ -25,7 +26,7 @@ def usage(folder: str, most: int) -> tuple[float, int]:
     try:
         while count <= most:
             try:
-                here, inner = os.open(name, os.O_RDONLY | _FOLDER, dir_fd=within), []
+                here, inner = _listed(name, within), []
             except FileNotFoundError:
                 gone += 1
                 if gone > MOST_GONE:
@@ -109,6 +110,23 @@ def remove(folder: str) -> None:
     with contextlib.suppress(OSError):
         empty(folder)
         os.rmdir(folder)
+
+
+def _listed(name: str, within: int | None) -> int:
+    """A descriptor to list a folder with; one that may not be read has its mode again when this returns."""
+    try:
+        return os.open(name, os.O_RDONLY | _FOLDER, dir_fd=within)
+    except PermissionError:
+        place = os.open(name, os.O_PATH | _FOLDER, dir_fd=within)
+    try:
+        mode = stat.S_IMODE(os.fstat(place).st_mode)
+        os.chmod(f"/proc/self/fd/{place}", mode | stat.S_IRUSR)
+        try:
+            return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        finally:
+            os.chmod(f"/proc/self/fd/{place}", mode)
+    finally:
+        os.close(place)
 
 
 def _names(folder: int) -> list[tuple[str, bool]]:
