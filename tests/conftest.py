@@ -2,8 +2,9 @@
 
 With pytest-xdist (`-n`) the tests of a file share a process, and all processes share the tiny run.
 
-Most of the tests' time is XLA's. So programs of the tests are compiled without LLVM's optimisations, which take longer
-than what they save, unless JAX_DISABLE_MOST_OPTIMIZATIONS=false; the runs of `start` are compiled as a user's.
+Most of the tests' time is XLA's. So programs of the tests are compiled without LLVM's optimisations and by the older of
+XLA's two code generators for CPUs, since compiling takes longer than what they save, unless
+JAX_DISABLE_MOST_OPTIMIZATIONS=false; the runs of `start` are compiled as a user's.
 """
 
 import fcntl
@@ -15,8 +16,11 @@ import sys
 
 import pytest
 
-OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # before JAX is imported; processes inherit it
+# Before JAX is imported; processes inherit it.
+OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true":
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "tests/tiny.py"

@@ -201,10 +201,9 @@ def test_each_part_of_the_stream_and_the_seed_changes_the_tokens(sampler):
 
 
 def run_process(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "sampler_scenario.py"), *map(str, arguments)],
-        env=environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -275,7 +274,7 @@ def test_forks_between_devices_copy_every_bit():
     code = "import jax; jax.config.update('jax_num_cpu_devices', 4); import test_sampler as t; t.forks_on_meshes()"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,
