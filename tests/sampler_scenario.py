@@ -96,14 +96,11 @@ def main(data: int, fsdp: int, tensor: int, *, with_program: bool) -> None:
     params = make_params()
     params = jax.device_put(params, shardings(mesh, params))
     # One row count, for fewer compilations.
-    shapes = dataclasses.replace(SHAPES, prefill_rows=(SHAPES.slots,))
+    shapes = dataclasses.replace(SHAPES, prefill_rows=(SHAPES.slots,), parking=4)
     sampler = Sampler(MODEL, shapes, STOPS, SEED, mesh)
     sampler.load(params, version=0)
     turns = scenario(sampler)
-    shapes = dataclasses.replace(shapes, parking=4)
-    parking = Sampler(MODEL, shapes, STOPS, SEED, mesh)
-    parking.load(params, version=0)
-    parked = waiting_scenario(parking, visits=2)
+    parked = waiting_scenario(sampler, visits=2)
     line = {
         "ids": [turn.ids.tolist() for turn in turns],
         "logprobs": [[float(x).hex() for x in turn.logprobs] for turn in turns],
@@ -113,7 +110,7 @@ def main(data: int, fsdp: int, tensor: int, *, with_program: bool) -> None:
     if with_program:
         fn = decode.make_decode(MODEL, mesh, STOPS, SEED, steps=3)
         group = SHAPES.slots // (data * fsdp)
-        state = decode.make_state(MODEL, mesh, SHAPES.slots, SHAPES.context, group, SHAPES.block)
+        state = decode.make_state(MODEL, mesh, shapes.slots, shapes.context, group, shapes.block, shapes.parking)
         compiled = fn.lower(decode.place_params(params, mesh, MODEL.dtype), state, np.ones(2, np.float32)).compile()
         line["decode"] = compiled.as_text()
     print(json.dumps(line))
