@@ -7,6 +7,8 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "elpo_jax needs Python 3.11 or newer, and $PYTHON is $("$PYTHON" --version 2>&1): set PYTHON=python3.11 (or newer)." >&2
   exit 1
 fi
+# Python compiles what is imported, once; compiling all that is installed takes as long as installing it.
+unset PYTHONDONTWRITEBYTECODE
 for list in requirements.txt ${EXTRA:-}; do
   # The stamp is the list that is installed, so that a changed one is installed again.
   stamp="$VENV/.installed-${list//\//-}"
@@ -14,7 +16,7 @@ for list in requirements.txt ${EXTRA:-}; do
   # A venv that failed half way (Debian without python3-venv) has a python and no pip.
   "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv "$VENV" || exit 1
   echo "installing $list into $VENV (a minute or two the first time)"
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$list" || exit 1
+  "$VENV/bin/python" -m pip install --no-compile --quiet --disable-pip-version-check -r "$list" || exit 1
   cp "$list" "$stamp"
 done
 # shellcheck disable=SC1091

@@ -16,16 +16,26 @@ import sys
 
 import pytest
 
-# Before JAX is imported; processes inherit it.
 OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true":
-    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+OLDER = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "tests/tiny.py"
 # Files that take longest begin first where processes share the work; a long one at the end would keep the others idle.
 LONG = ("run", "sampler", "bench", "collect", "plan", "fuzz_tools", "loss", "tree_attention")
+
+
+def is_known(flags):
+    """Whether XLA knows them: it ends a process that asks for one that it has no more."""
+    environment = os.environ | flags | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=environment, capture_output=True)
+    return done.returncode == 0
+
+
+# Before JAX is imported; processes inherit both.
+quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true"
+if quick and "PYTEST_XDIST_WORKER" not in os.environ and is_known(OLDER):
+    os.environ |= OLDER
 
 
 def pytest_collection_modifyitems(items):
