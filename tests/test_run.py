@@ -318,19 +318,15 @@ def test_rows_that_devices_cannot_share_are_one_sentence_and_the_exit_code_of_th
 
 
 def test_a_command_that_was_corrected_runs_in_the_same_folder(start, monkeypatch, capsys, tmp_path):
-    workdir = tmp_path / "run"
+    few = ("against=()", "tasks.ledger.demonstrations=40", "sft.steps=6", "rl.steps=1", "eval.tasks=1", "eval.k=1")
+    small = [f"--set={part}" for part in few]
     with monkeypatch.context() as patch:
         patch.setattr(jax.config, "update", lambda *setting: None)
         for bad in ("sampler.context=40", "tasks.ledger.noise=1"):
-            assert run.main([str(ROOT / TINY), "--workdir", str(workdir), "--set", bad]) == 2
+            assert run.main([str(ROOT / TINY), "--workdir", str(tmp_path / "run"), *small, "--set", bad]) == 2
             assert capsys.readouterr().err.startswith("error: ")
-    process = start(workdir)
-    log = workdir / "sft" / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)  # it trains
-    code, output, errors = finish(process)
-    assert code == 130, output + errors
+    code, output, errors = finish(start(tmp_path / "run", *small))
+    assert code == 0, output + errors
     assert "demonstrations in" in output and "that failed" in output
 
 
