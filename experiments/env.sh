@@ -7,7 +7,7 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "elpo_jax needs Python 3.11 or newer, and $PYTHON is $("$PYTHON" --version 2>&1): set PYTHON=python3.11 (or newer)." >&2
   exit 1
 fi
-# Python compiles what is imported, once if it may write it; compiling all that is installed takes as long as installing.
+# Python compiles what is imported and keeps it; compiling all that is installed takes as long as installing it.
 unset PYTHONDONTWRITEBYTECODE
 for list in requirements.txt ${EXTRA:-}; do
   # The stamp is the list that is installed, so that a changed one is installed again.
