@@ -7,6 +7,7 @@ Letters: B rows, T tokens, D model width, H heads, K key/value heads, N head wid
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -266,7 +267,16 @@ class Block(nn.Module):
         norm = functools.partial(_norm, self, self.config)
         y, layer = Attention(self.config, name="attn")(norm("attn_norm", x), angles, layer, sees)
         x = x + y
-        return x + Mlp(self.config, name="mlp")(norm("mlp_norm", x)), layer
+        return _rounded(x + Mlp(self.config, name="mlp")(norm("mlp_norm", x))), layer
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """What a layer hands on, in bfloat16 where that is its dtype.
+
+    XLA keeps the float32 behind a bfloat16 result where it sees both; around jitted layers it sees other pairs in the
+    sampler than in the trainer, whose log-probabilities then differ five to eight times as much.
+    """
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if x.dtype == jnp.bfloat16 else x
 
 
 class Transformer(nn.Module):
@@ -289,40 +299,38 @@ class Transformer(nn.Module):
         if ends is None:
             ends = jnp.where(positions >= 0, positions.shape[1], 0)
         sees = ends if cache is None else where
-        block = _block(config)
         x = embed[tokens].astype(config.dtype)
-        if config.scan_layers and cache is None and not self.is_initializing():
-            x = _scan(block(config, parent=None), self.variables["params"], x, angles, sees)
+        if self.is_initializing():
+            for i in range(config.layers):
+                x, _ = Block(config, name=f"layers_{i}")(x, angles, None, ends)
+            return _norm(self, config, "final_norm", x), None
+        block, params = _block(config), [self.variables["params"][f"layers_{i}"] for i in range(config.layers)]
+        if config.scan_layers and cache is None:
+            # One layer is compiled, too. The parameters lie one layer beside the other, here as in checkpoints, and are
+            # stacked for the loop: a copy.
+            stacked = jax.tree.map(lambda *matrices: jnp.stack(matrices), *params)
+            x, _ = jax.lax.scan(lambda x, layer: block(layer, x, angles, None, sees), x, stacked)
             return _norm(self, config, "final_norm", x), None
         layers = []
-        for i in range(config.layers):
-            layer = None if cache is None else cache[i]
-            x, layer = block(config, name=f"layers_{i}")(x, angles, layer, sees)
+        for i, layer in enumerate(cache or [None] * config.layers):
+            x, layer = block(params[i], x, angles, layer, sees)
             layers.append(layer)
         return _norm(self, config, "final_norm", x), None if cache is None else tuple(layers)
 
 
-def _block(config: ModelConfig) -> type[nn.Module]:
-    """The layer, which recomputes what `config.remat` says in its backward pass."""
+@functools.cache
+def _block(config: ModelConfig) -> Callable:
+    """A layer as a function of its parameters and of what `Block` takes; its backward pass recomputes what
+    `config.remat` says.
+
+    It is jitted by itself, so that JAX traces, differentiates and lowers one layer, whatever their number.
+    """
     match config.remat:
         case "none":
-            return Block
+            kind = Block
         case "full":
-            return nn.remat(Block)
+            kind = nn.remat(Block)
         case "dots":
-            return nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(DENSE))
-
-
-def _scan(block: nn.Module, params: Params, x: jax.Array, *rest: jax.Array) -> jax.Array:
-    """All layers as one loop, so that one is traced and compiled whatever their number.
-
-    The parameters lie one layer beside the other, here as in checkpoints, and are stacked for the loop: a copy.
-    """
-    angles, sees = rest
-    layers = [params[f"layers_{i}"] for i in range(block.config.layers)]
-    stacked = jax.tree.map(lambda *matrices: jnp.stack(matrices), *layers)
-
-    def step(x, layer):
-        return block.apply({"params": layer}, x, angles, None, sees)[0], None
-
-    return jax.lax.scan(step, x, stacked)[0]
+            kind = nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(DENSE))
+    block = kind(config, parent=None)
+    return jax.jit(lambda params, *inputs: block.apply({"params": params}, *inputs))
