@@ -274,7 +274,7 @@ def _rounded(x: jax.Array) -> jax.Array:
     """What a layer hands on, in bfloat16 where that is its dtype.
 
     XLA keeps the float32 behind a bfloat16 result where it sees both; around jitted layers it sees other pairs in the
-    sampler than in the trainer, whose log-probabilities then differ five to eight times as much.
+    sampler than in the trainer, whose log-probabilities then differ five to seven times as much.
     """
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if x.dtype == jnp.bfloat16 else x
 
@@ -300,14 +300,14 @@ class Transformer(nn.Module):
             ends = jnp.where(positions >= 0, positions.shape[1], 0)
         sees = ends if cache is None else where
         x = embed[tokens].astype(config.dtype)
-        if self.is_initializing():
+        if self.is_initializing():  # Flax names what is declared; below, a layer is a function of its parameters
             for i in range(config.layers):
                 x, _ = Block(config, name=f"layers_{i}")(x, angles, None, ends)
             return _norm(self, config, "final_norm", x), None
         block, params = _block(config), [self.variables["params"][f"layers_{i}"] for i in range(config.layers)]
         if config.scan_layers and cache is None:
-            # One layer is compiled, too. The parameters lie one layer beside the other, here as in checkpoints, and are
-            # stacked for the loop: a copy.
+            # So that one layer is compiled, too. The parameters lie one layer beside the other, here as in checkpoints,
+            # and are stacked for the loop: a copy.
             stacked = jax.tree.map(lambda *matrices: jnp.stack(matrices), *params)
             x, _ = jax.lax.scan(lambda x, layer: block(layer, x, angles, None, sees), x, stacked)
             return _norm(self, config, "final_norm", x), None
